@@ -1,0 +1,47 @@
+# setup data train test check bench report clean: each safe to repeat, and quick when nothing is missing.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+RANKS ?= 2
+RECIPE ?= launch/recipes/alternating.toml
+RUNS ?= runs/alternating
+# the cores shared out to the ranks, so that their threads do not fight
+export OMP_NUM_THREADS ?= $(shell n=$$(( $$(nproc) / $(RANKS) )); echo $$(( n > 1 ? n : 1 )))
+
+.PHONY: setup data train test check bench report clean
+
+setup: $(VENV)/.ready
+data: data/FashionMNIST/.ready
+
+$(VENV)/.ready: setup.cfg pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+data/FashionMNIST/.ready: | $(VENV)/.ready
+	$(BIN)/python -m trainer.data fashion_mnist --root data
+	touch $@
+
+train: setup data
+	$(BIN)/torchrun --standalone --nproc-per-node=$(RANKS) -m trainer --recipe $(RECIPE) $(FLAGS)
+	$(BIN)/python -m trainer.report $(RUNS)
+
+test: setup data
+	$(BIN)/python -m pytest $(TESTS)
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: setup data
+	$(BIN)/python -m benchmarks.loop_overhead --quick
+	$(BIN)/torchrun --standalone --nproc-per-node=$(RANKS) -m benchmarks.throughput --quick
+
+report: setup
+	$(BIN)/python -m trainer.report $(RUNS)
+
+clean:
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -not -path './data/*' -exec rm -rf {} +

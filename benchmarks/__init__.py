@@ -1,0 +1,1 @@
+"""Measurements: each a command, with raw results in results/."""

@@ -1,0 +1,148 @@
+"""Every collective of training: counted in bytes, timed, and an error that names itself when a peer is gone."""
+
+# Annotations are evaluated in this file: DDP checks those of its communication hook.
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed import GradBucket  # type: ignore[attr-defined]  # compiled, and not listed
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+from trainer.clock import Clock
+from trainer.errors import PeerError
+from trainer.world import World
+
+Vote = tuple[torch.Tensor, Any]
+
+
+class Collectives:
+    """Collectives of one world. In a world of one each is the identity and sends nothing.
+
+    `sent_bytes` counts what this rank sends: 2 (N - 1) / N of an all-reduced buffer (a ring), N - 1 of a gathered one.
+    """
+
+    def __init__(self, world: World, clock: Clock, bucket_bytes: int) -> None:
+        self.world = world
+        self.clock = clock
+        self.bucket_bytes = bucket_bytes
+        self.sent_bytes = 0.0
+
+    def mean_(self, tensors: Sequence[torch.Tensor], weight: float) -> None:
+        """Replace each tensor by its mean over the ranks, in place; `weight` is this rank's share (they sum to 1).
+
+        Tensors travel in flat buckets of one dtype. All ranks pass the same shapes in the same order.
+        """
+        if self.world.size == 1:
+            return
+        with self.clock.waiting("sync_wait"), self._named("averaging"), torch.no_grad():
+            sent = []
+            for bucket in self._buckets(tensors):
+                flat = self._flat(bucket).mul_(weight)
+                self.sent_bytes += self._ring(flat)
+                sent.append((bucket, flat, dist.all_reduce(flat, async_op=True)))
+            for bucket, flat, work in sent:
+                work.wait()
+                _unflatten(flat, bucket)
+
+    def max_(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Replace each tensor by its elementwise largest over the ranks, in place (integer counters)."""
+        if self.world.size == 1:
+            return
+        with self.clock.waiting("sync_wait"), self._named("comparing counters"):
+            for tensor in tensors:
+                dist.all_reduce(tensor, dist.ReduceOp.MAX)
+                self.sent_bytes += self._ring(tensor)
+
+    def broadcast_(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Give every rank rank 0's values, in place."""
+        if self.world.size == 1:
+            return
+        with self.clock.waiting("sync_wait"), self._named("broadcast"), torch.no_grad():
+            for bucket in self._buckets(tensors):
+                flat = self._flat(bucket)
+                dist.broadcast(flat, src=0)
+                self.sent_bytes += flat.nbytes if self.world.rank == 0 else 0
+                _unflatten(flat, bucket)
+
+    def gather(self, numbers: Mapping[str, float]) -> list[dict[str, float]]:
+        """Every rank's numbers, by rank; exact for whole numbers below 2**53. All ranks pass the same names."""
+        if self.world.size == 1:
+            return [{name: float(number) for name, number in numbers.items()}]
+        with self.clock.waiting("sync_wait"), self._named("comparing ranks"):
+            mine = torch.tensor(list(numbers.values()), dtype=torch.float64, device=self.world.device)
+            everyone = [torch.empty_like(mine) for _ in range(self.world.size)]
+            dist.all_gather(everyone, mine)
+            self.sent_bytes += mine.nbytes * (self.world.size - 1)
+            return [dict(zip(numbers, theirs.tolist(), strict=True)) for theirs in everyone]
+
+    def gather_objects(self, thing: Any) -> list[Any]:
+        """Every rank's object, by rank: for rare and small ones."""
+        if self.world.size == 1:
+            return [thing]
+        everyone = [None] * self.world.size
+        with self.clock.waiting("sync_wait"), self._named("comparing layouts"):
+            dist.all_gather_object(everyone, thing)
+        return everyone
+
+    def begin_sum(self, number: torch.Tensor) -> Vote:
+        """Start summing a scalar over the ranks while this rank goes on; `end_sum` has the result."""
+        total = number.detach().clone()
+        if self.world.size == 1:
+            return total, None
+        self.sent_bytes += self._ring(total)
+        with self._named("summing the loss"):
+            return total, dist.all_reduce(total, async_op=True)
+
+    def end_sum(self, vote: Vote) -> float:
+        """The sum that `begin_sum` started."""
+        total, work = vote
+        if work is not None:
+            with self._named("summing the loss"):
+                work.wait()
+        return float(total.item())
+
+    def gradient_hook(self, _: object, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
+        """DDP's communication hook: DDP's own average, with its bytes counted and the end of the compute noted."""
+        self.sent_bytes += self._ring(bucket.buffer())
+        if bucket.is_last():
+            self.clock.overlap_begins()
+        assert dist.group.WORLD is not None
+        return allreduce_hook(dist.group.WORLD, bucket)
+
+    def _ring(self, buffer: torch.Tensor) -> float:
+        return 2 * (self.world.size - 1) / self.world.size * buffer.nbytes
+
+    def _buckets(self, tensors: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+        """Tensors in order, in lists of one dtype and device and of at most `bucket_bytes` (or one larger tensor)."""
+        filling: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
+        for tensor in tensors:
+            kind = (tensor.dtype, tensor.device)
+            bucket = filling.setdefault(kind, [])
+            if bucket and sum(held.nbytes for held in bucket) + tensor.nbytes > self.bucket_bytes:
+                yield filling.pop(kind)
+                bucket = filling.setdefault(kind, [])
+            bucket.append(tensor)
+        yield from filling.values()
+
+    def _flat(self, bucket: Sequence[torch.Tensor]) -> torch.Tensor:
+        """One buffer that NCCL or Gloo can send: also of state that an optimizer keeps on the CPU."""
+        return torch.cat([tensor.reshape(-1) for tensor in bucket]).to(self.world.device)
+
+    @contextmanager
+    def _named(self, operation: str) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            cause = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise PeerError(
+                f"{operation} failed on rank {self.world.rank} of {self.world.size}: a peer went away, or did not "
+                f"answer in {self.world.timeout_s:g} s ({cause})"
+            ) from error
+
+
+def _unflatten(flat: torch.Tensor, bucket: Sequence[torch.Tensor]) -> None:
+    for tensor, part in zip(bucket, torch.split(flat, [tensor.numel() for tensor in bucket]), strict=True):
+        tensor.copy_(part.view(tensor.shape))

@@ -1,0 +1,131 @@
+"""One rank's replica: its parameters, optimizer state and buffers, and how each becomes one on all ranks."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import Optimizer
+
+from trainer.collectives import Collectives
+from trainer.config import StatePolicy
+from trainer.errors import ConfigError
+
+Place = tuple[int, str]  # a parameter's number in the optimizer, and the name of its state
+
+
+class Replica:
+    """A model and its optimizer on this rank, averaged with the other ranks' by flat buckets.
+
+    Trained parameters are averaged whether or not they have a gradient; frozen ones are the same from the start.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer, collectives: Collectives) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.collectives = collectives
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if not self.parameters:
+            raise ConfigError("model has no trainable parameter: set requires_grad before it is wrapped")
+        buffers = list(model.buffers())
+        self.float_buffers = [buffer for buffer in buffers if buffer.is_floating_point()]
+        self._counters = [buffer for buffer in buffers if not buffer.is_floating_point() and buffer.dtype != torch.bool]
+
+    def make_one(self) -> None:
+        """Give every rank rank 0's model."""
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        self.collectives.broadcast_([tensor.data for tensor in tensors if tensor.numel()])
+
+    def average(self, weight: float, *, state: StatePolicy, buffers: bool, same_layout: bool = False) -> None:
+        """Average parameters, and buffers and optimizer state as asked; `weight` is this rank's share.
+
+        `same_layout` says that all ranks are known to have one `layout_digest`, which saves them a comparison.
+        """
+        tensors: list[torch.Tensor] = [parameter.data for parameter in self.parameters]
+        if buffers:
+            tensors += self.float_buffers
+        if state == "average":
+            tensors += self._shared_state(same_layout)
+        self.collectives.mean_(tensors, weight)
+        if state == "reset":
+            self.optimizer.state.clear()
+
+    def average_state(self, weight: float) -> None:
+        """Make the optimizer state the same on every rank."""
+        self.collectives.mean_(self._shared_state(same_layout=False), weight)
+
+    def layout_digest(self) -> int:
+        """Fingerprint of which optimizer state this rank has."""
+        return zlib.crc32(repr(self._layout(self._state())).encode())
+
+    def average_buffers(self, weight: float) -> None:
+        """Make the buffers the same on every rank: means of statistics, the largest of counters."""
+        self.collectives.mean_(self.float_buffers, weight)
+        self.collectives.max_(self._counters)
+
+    def without_gradient(self) -> bool:
+        """Whether the last backward pass left a trained parameter out."""
+        return any(parameter.grad is None for parameter in self.parameters)
+
+    def _state(self) -> dict[Place, torch.Tensor]:
+        return {
+            (index, key): value
+            for index, parameter in self._stepped()
+            for key, value in sorted(self.optimizer.state.get(parameter, {}).items())
+            if isinstance(value, torch.Tensor) and value.is_floating_point()
+        }
+
+    def _layout(self, state: dict[Place, torch.Tensor]) -> dict[Place, Any]:
+        return {place: (tuple(value.shape), str(value.dtype), value.device.type) for place, value in state.items()}
+
+    def _shared_state(self, same_layout: bool) -> list[torch.Tensor]:
+        """The optimizer's float tensors, the same list on every rank.
+
+        A rank that skipped its steps or whose data left a parameter unused may lack what another has; it then joins
+        in with zeros, which is what the optimizer would have begun with.
+        """
+        mine = self._state()
+        if not same_layout:
+            parameters = dict(self._stepped())
+            for theirs in self.collectives.gather_objects(self._layout(mine)):
+                for (index, key), (shape, dtype, device) in theirs.items():
+                    if (index, key) not in mine:
+                        where = "cpu" if device == "cpu" else self.collectives.world.device
+                        zeros = torch.zeros(shape, dtype=getattr(torch, dtype.removeprefix("torch.")), device=where)
+                        self.optimizer.state[parameters[index]][key] = mine[index, key] = zeros
+        return [mine[place] for place in sorted(mine)]
+
+    def _stepped(self) -> Iterator[tuple[int, torch.Tensor]]:
+        """Parameters with their number in the optimizer's groups."""
+        return enumerate(parameter for group in self.optimizer.param_groups for parameter in group["params"])
+
+
+@torch.no_grad()
+def recalibrate(model: nn.Module, batches: Iterable[torch.Tensor]) -> int:
+    """Recompute BatchNorm statistics as the mean over `batches` (inputs), as SWAP does after averaging.
+
+    Returns:
+        The samples seen; the statistics of a model without BatchNorm, and a call without batches, change nothing.
+    """
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    if not norms:
+        return 0
+    momenta, training, seen = [norm.momentum for norm in norms], model.training, 0
+    model.eval()
+    for norm in norms:
+        norm.train()
+    for inputs in batches:
+        if seen == 0:
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None  # a plain mean over the batches
+        model(inputs)
+        seen += len(inputs)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    model.train(training)
+    return seen

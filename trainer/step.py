@@ -1,0 +1,97 @@
+"""The forward passes: a local step, and an evaluation (BatchNorm recalibration apart, which trains nothing)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from trainer.collectives import Collectives
+from trainer.config import OptimConfig, StepConfig
+from trainer.sync import LocalSGD
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The consensus model on the whole test set."""
+
+    loss: float
+    accuracy: float
+    samples: int
+
+
+class LocalStep:
+    """One local step: forward, backward and update, by micro-batches where a batch is too large for one pass."""
+
+    def __init__(self, config: StepConfig, optim: OptimConfig, loss: nn.Module, device: torch.device) -> None:
+        self.config = config
+        self.loss = loss
+        self.device = device
+        self.clip_norm = optim.clip_norm
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
+
+    def __call__(self, sync: LocalSGD, inputs: Any, labels: Any) -> tuple[torch.Tensor, bool]:
+        """Train one batch on this rank.
+
+        Returns:
+            The mean loss (0-dim, detached), and whether the update was skipped because a loss was not finite.
+        """
+        sync.optimizer.zero_grad(set_to_none=True)
+        count = len(labels)
+        micro = min(self.config.max_micro_batch or count, count)
+        mean = torch.zeros((), device=self.device)
+        for start in range(0, count, micro):
+            last = start + micro >= count
+            with nullcontext() if last else sync.no_sync():
+                part = labels[start : start + micro]
+                with self.autocast():
+                    loss = self.loss(sync.model(self.layout(inputs[start : start + micro])), part)
+                loss = loss * (len(part) / count) if len(part) < count else loss
+                mean += loss.detach()
+                finite = sync.all_finite(mean) if last else None
+                self.scaler.scale(loss).backward()
+        assert finite is not None
+        if not finite():
+            return mean, True
+        self._update(sync)
+        return mean, False
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """The forward pass's number format."""
+        if self.config.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.device.type, DTYPES[self.config.precision])
+
+    def layout(self, inputs: Any) -> Any:
+        """Inputs in the memory layout that the model has."""
+        if self.config.channels_last and inputs.dim() == 4:
+            return inputs.contiguous(memory_format=torch.channels_last)
+        return inputs
+
+    def _update(self, sync: LocalSGD) -> None:
+        if self.clip_norm is not None:
+            self.scaler.unscale_(sync.optimizer)
+            nn.utils.clip_grad_norm_(sync.replica.parameters, self.clip_norm)
+        self.scaler.step(sync.optimizer)
+        self.scaler.update()
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, batches: Iterable[tuple[Any, Any]], collectives: Collectives) -> Evaluation:
+        """Loss and accuracy over every rank's batches: each sample counts once."""
+        loss_sum, right, seen = 0.0, 0.0, 0
+        for inputs, labels in batches:
+            with self.autocast():
+                outputs = model(self.layout(inputs))
+                loss = self.loss(outputs, labels)
+            loss_sum += loss.item() * len(labels)
+            right += (outputs.argmax(dim=1) == labels).sum().item()
+            seen += len(labels)
+        ranks = collectives.gather({"loss": loss_sum, "right": right, "seen": seen})
+        total = {name: sum(rank[name] for rank in ranks) for name in ranks[0]}
+        return Evaluation(total["loss"] / total["seen"], total["right"] / total["seen"], int(total["seen"]))

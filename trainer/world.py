@@ -1,0 +1,125 @@
+"""The world: who this rank is, on which device, and the process group's life."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+import trainer
+from trainer.config import WorldConfig
+from trainer.errors import ConfigError, MismatchError
+from trainer.launcher import Launch, read_launch
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all: ranks 0 .. size - 1, each with one device."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    node: int = 0
+    device: torch.device = torch.device("cpu")
+    timeout_s: float = 300.0
+
+    @staticmethod
+    def current(device: torch.device) -> World:
+        """The world of the process group that is there, else a world of one, for a replica on `device`."""
+        launch = read_launch()
+        if not dist.is_initialized():
+            return World(device=device)
+        rank, size = dist.get_rank(), dist.get_world_size()
+        if (launch.rank, launch.size) != (rank, size):  # a group that no launcher's variables describe
+            launch = Launch(rank, size, rank, size)
+        return World(rank, size, launch.local_rank, launch.local_size, launch.node, device)
+
+    @cached_property
+    def mesh(self) -> DeviceMesh:
+        """Ranks as a (node, local) mesh, with a process group along each dimension; every rank must ask for it.
+
+        Raises:
+            ConfigError: nodes with different numbers of ranks.
+        """
+        if self.size % self.local_size:
+            raise ConfigError(f"{self.size} ranks, {self.local_size} on node {self.node}: every node needs as many")
+        shape = (self.size // self.local_size, self.local_size)
+        return init_device_mesh(self.device.type, shape, mesh_dim_names=("node", "local"))
+
+
+@contextmanager
+def open_world(config: WorldConfig) -> Iterator[World]:
+    """Join the process group, and leave it whatever happens; a world of one needs none."""
+    launch = read_launch()
+    cuda = torch.cuda.is_available() and config.backend != "gloo"
+    if config.backend == "nccl" and not cuda:
+        raise ConfigError("world.backend = 'nccl': this host has no CUDA device; choose gloo")
+    if cuda and launch.local_rank >= torch.cuda.device_count():
+        found = torch.cuda.device_count()
+        raise ConfigError(f"{launch.local_size} ranks on a host of {found} CUDA devices: mend --nproc-per-node")
+    device = torch.device("cuda", launch.local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    world = World(launch.rank, launch.size, launch.local_rank, launch.local_size, launch.node, device, config.timeout_s)
+    if world.size == 1:
+        yield world
+        return
+    dist.init_process_group(
+        "nccl" if cuda else "gloo",
+        timeout=timedelta(seconds=config.timeout_s),
+        device_id=device if cuda else None,
+    )
+    try:
+        yield world
+    except BaseException:
+        # No goodbye: peers may be waiting in a collective that this rank will never enter, and an orderly shutdown
+        # would wait with them. Closed connections tell them at once; the launcher ends the rest.
+        if cuda:
+            dist.distributed_c10d._abort_process_group()
+        raise
+    else:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def versions() -> dict[str, str]:
+    """What the figures were made with, and what ranks must have in common."""
+    return {"ebbtide": trainer.__version__, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def compare_ranks(world: World, digest: str) -> None:
+    """Make sure that every rank runs the same job.
+
+    Raises:
+        MismatchError: names the ranks that differ, and in what.
+    """
+    if world.size == 1:
+        return
+    mine = {"world size": str(world.size), "configuration": digest, **versions()}
+    everyone: list[dict[str, str]] = [{}] * world.size
+    dist.all_gather_object(everyone, mine)
+    differences = list(_differences(everyone))
+    if differences:
+        raise MismatchError("ranks do not run the same job: " + "; ".join(differences))
+
+
+def _differences(everyone: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    for fact in everyone[0]:
+        by_value: dict[Any, list[int]] = {}
+        for rank, facts in enumerate(everyone):
+            by_value.setdefault(facts[fact], []).append(rank)
+        if len(by_value) > 1:
+            sides = [
+                f"{value} on rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
+                for value, ranks in by_value.items()
+            ]
+            yield f"{fact} is {' but '.join(sides)}"
