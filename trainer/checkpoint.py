@@ -25,6 +25,7 @@ from trainer.errors import ConfigError
 from trainer.world import World
 
 PARTIAL = ".partial"
+AS_GIVEN = {"flatten_state_dict": False, "flatten_sharded_tensors": False}  # flattening loses empty tables
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Checkpoints:
             **rest,
         }
         writer = FileSystemWriter(partial, single_file_per_rank=True, sync_files=True)
-        planner = DefaultSavePlanner(flatten_state_dict=False)
+        planner = DefaultSavePlanner(**AS_GIVEN)
         named = {f"rank{self.world.rank}.{name}": value for name, value in mine.items()}
         with _alone_is_meant():
             save(named, storage_writer=writer, planner=planner, no_dist=self.world.size == 1)
@@ -113,7 +114,7 @@ class Checkpoints:
             for name, kind in found.items()
             if name.startswith(prefix)
         }
-        planner = DefaultLoadPlanner(flatten_state_dict=False)
+        planner = DefaultLoadPlanner(**AS_GIVEN)
         with _alone_is_meant():
             load(wanted, storage_reader=reader, planner=planner, no_dist=self.world.size == 1)
         mine = {name.removeprefix(prefix): value for name, value in wanted.items()}

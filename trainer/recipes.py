@@ -91,8 +91,9 @@ def _flags(argv: Sequence[str], prog: str, default: Config) -> Config:
 
 def _one_line(box: str) -> str:
     """What tyro says in a drawn box, as one line."""
-    rows = [row.strip(" │╭╮╰╯─") for row in box.splitlines()[1:]]
-    text = " ".join(row for row in rows if row and not row.startswith("For full helptext"))
+    rows = [row.strip(" │|") for row in box.splitlines()[1:]]  # the first is the box's title
+    told = [row for row in rows if row.strip("╭╮╰╯─+- ") and not row.startswith("For full helptext")]
+    text = " ".join(told)
     head, _, rest = text.removeprefix("Error parsing ").partition(": ")
     if text.startswith("Error parsing ") and " = " in rest and not head.startswith("--"):
         # our own refusal, with the section that it came from; Constant's plan has no flags of its own

@@ -165,14 +165,14 @@ class LocalSGD:
         """This rank's shard in batches of the planned size, until all ranks together have trained `samples`.
 
         Args:
-            dataset: anything with a length and items (input, label), or a ShardStream made of one.
+            dataset: anything with a length and items (input, label), or a ShardStream of this rank's shard.
             samples: where to stop, counted from the beginning of the run; by default one pass over the data set.
             seed: of the sharding and the order.
         """
         stream = dataset
         if not isinstance(dataset, ShardStream):
             stream = ShardStream.of(dataset, self.world, seed=seed)
-        total = samples if samples is not None else stream.dataset_size
+        total = samples if samples is not None else len(dataset)
         while self.samples < total and not self.stopping:
             share = -(-(total - self.samples) // self.world.size)
             with self.clock.waiting("input_wait"):

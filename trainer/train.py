@@ -53,7 +53,7 @@ def _train(job: Job, world: World) -> Summary | None:
     config = job.config
     model, step = job.build(world)
     optimizer = build_optimizer(config.optim, model.parameters())
-    stream = ShardStream(job.train_part, job.shard, config.data, world, config.run.seed)
+    stream = ShardStream(job.shard, config.data, world, config.run.seed)
     alone = job.alone or measure_alone(config, step.loss, model, stream, world)
     checkpoints = Checkpoints(job.folder / "checkpoints", config.checkpoint.keep, world)
     newest = checkpoints.find(config.run.resume)
@@ -85,9 +85,8 @@ class Job:
 
     config: Config
     folder: Path
-    train_part: DataPart
+    shard: DataPart
     test_part: DataPart
-    shard: Any
     loss: nn.Module
     model: nn.Module
     alone: float | None
@@ -98,16 +97,16 @@ class Job:
         launch = read_launch()
         check_ranks(config, launch.size)
         seed = config.run.seed
-        train_part = open_part(config.data, train=True, seed=seed)
+        part = open_part(config.data, train=True, seed=seed)
         test_part = open_part(config.data, train=False, seed=seed)
-        shard = shard_of(config.data.partition, len(train_part), launch.size, launch.rank, seed)
-        first = torch.as_tensor(train_part.items[int(shard[0])][0])
+        shard = part.subset(shard_of(config.data.partition, len(part), launch.size, launch.rank, seed))
+        first = torch.as_tensor(shard.items[0][0])
         channels, size = (first.shape[0], first.shape[-1]) if first.dim() == 3 else (1, first.shape[-1])
         torch.manual_seed(seed)
-        model = build_model(config.task, train_part.classes, channels, size)
+        model = build_model(config.task, shard.classes, channels, size)
         folder = Path(config.run.root) / config.run.name
         loss = loss_function(config.task)
-        return cls(config, folder, train_part, test_part, shard, loss, model, recorded_reference(config))
+        return cls(config, folder, shard, test_part, loss, model, recorded_reference(config))
 
     def build(self, world: World) -> tuple[nn.Module, LocalStep]:
         """The model on this rank's device, and the step that trains it."""
@@ -305,6 +304,9 @@ def peak_memory_bytes(device: torch.device) -> int:
     """The most memory that this rank has held: of the CUDA device, or of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.exists():  # ru_maxrss counts what the launcher held before it became this process
+        return int(next(line for line in status.read_text().splitlines() if line.startswith("VmHWM")).split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

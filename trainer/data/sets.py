@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torchvision.datasets
-from torch.utils.data import TensorDataset
+from torch.utils.data import Subset, TensorDataset
 from torchvision.transforms import v2
 
 from trainer.config import DataConfig
@@ -39,6 +40,15 @@ class DataPart:
 
     def __len__(self) -> int:
         return len(self.items)
+
+    def subset(self, chosen: npt.NDArray[np.int64]) -> DataPart:
+        """Only these samples: of tensors a copy, so that the rest can be let go."""
+        items = (
+            TensorDataset(*(tensor[chosen] for tensor in self.items.tensors))
+            if isinstance(self.items, TensorDataset)
+            else Subset(self.items, chosen.tolist())
+        )
+        return replace(self, items=items)
 
 
 def open_part(config: DataConfig, train: bool, seed: int) -> DataPart:
@@ -118,10 +128,4 @@ def _own(config: DataConfig, train: bool) -> DataPart:
 def _limited(part: DataPart, limit: int | None, seed: int) -> DataPart:
     if limit is None or limit >= len(part):
         return part
-    chosen = np.random.default_rng([seed, 2]).permutation(len(part))[:limit]
-    items = (
-        TensorDataset(*(tensor[chosen] for tensor in part.items.tensors))
-        if isinstance(part.items, TensorDataset)
-        else torch.utils.data.Subset(part.items, chosen.tolist())
-    )
-    return DataPart(items, part.classes, part.mean, part.std)
+    return part.subset(np.random.default_rng([seed, 2]).permutation(len(part))[:limit])

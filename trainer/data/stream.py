@@ -26,28 +26,28 @@ CHUNK = 16  # samples that a reading process hands over at once; batches are put
 class Order:
     """The endless order of a shard's samples: one permutation an epoch, a pure function of the position."""
 
-    def __init__(self, shard: Indices, seed: int, rank: int) -> None:
-        self.shard = shard
+    def __init__(self, size: int, seed: int, rank: int) -> None:
+        self.size = size
         self.seed, self.rank = seed, rank
         self._permutation = lru_cache(maxsize=2)(self._permute)
 
     def _permute(self, epoch: int) -> Indices:
-        return np.random.default_rng([self.seed, 3, self.rank, epoch]).permutation(len(self.shard))
+        return np.random.default_rng([self.seed, 3, self.rank, epoch]).permutation(self.size)
 
     def places(self, start: int, count: int) -> Indices:
         """Places within the shard at positions start .. start + count - 1."""
         parts, position, end = [], start, start + count
         while position < end:
-            epoch, offset = divmod(position, len(self.shard))
+            epoch, offset = divmod(position, self.size)
             part = self._permutation(epoch)[offset : offset + end - position]
             parts.append(part)
             position += len(part)
         return np.concatenate(parts)
 
-    def __getstate__(self) -> tuple[Indices, int, int]:  # reading processes cache their own permutations
-        return self.shard, self.seed, self.rank
+    def __getstate__(self) -> tuple[int, int, int]:  # reading processes cache their own permutations
+        return self.size, self.seed, self.rank
 
-    def __setstate__(self, state: tuple[Indices, int, int]) -> None:
+    def __setstate__(self, state: tuple[int, int, int]) -> None:
         self.__init__(*state)  # type: ignore[misc]  # the same fields as from the constructor
 
 
@@ -56,22 +56,24 @@ class ShardStream:
 
     In one epoch every sample of the shard is read exactly once, whatever sizes followed one another: a batch at an
     epoch's end is filled up from the next. `consumed` (samples handed out) is all that a resume needs.
+
+    Args:
+        shard: this rank's samples, and no others.
     """
 
-    def __init__(self, part: DataPart, shard: Indices, config: DataConfig, world: World, seed: int) -> None:
-        self.dataset_size = len(part)
+    def __init__(self, shard: DataPart, config: DataConfig, world: World, seed: int) -> None:
         self.consumed = 0
-        self.transform = Transform.of(part, config, world.device, train=True)
-        self._order = Order(shard, seed, world.rank)
-        tensors = config.on_device and isinstance(part.items, TensorDataset)
+        self.transform = Transform.of(shard, config, world.device, train=True)
+        self._order = Order(len(shard), seed, world.rank)
+        tensors = config.on_device and isinstance(shard.items, TensorDataset)
         reader = TensorReader if tensors else LoaderReader
-        self._reader: TensorReader | LoaderReader = reader(part.items, self._order, config, world.device)
+        self._reader: TensorReader | LoaderReader = reader(shard.items, self._order, config, world.device)
 
     @classmethod
     def of(cls, dataset: Any, world: World, *, seed: int = 0) -> ShardStream:
         """The stream of this rank's share of a user's own data set, for a loop of his own."""
-        shard = shard_of("iid", len(dataset), world.size, world.rank, seed)
-        return cls(DataPart(dataset, classes=0), shard, DataConfig(workers=0), world, seed)
+        mine = shard_of("iid", len(dataset), world.size, world.rank, seed)
+        return cls(DataPart(dataset, classes=0).subset(mine), DataConfig(workers=0), world, seed)
 
     def take(self, count: int) -> Batch:
         """The next `count` samples: inputs [count, ...] ready for the model, labels [count]."""
@@ -82,8 +84,8 @@ class ShardStream:
 
     def sample_inputs(self, count: int, batch: int) -> Iterator[Any]:
         """The first `count` inputs of the shard, unaugmented and without moving the stream (for calibration)."""
-        for start in range(0, min(count, len(self._order.shard)), batch):
-            places = np.arange(start, min(start + batch, count, len(self._order.shard)))
+        for start in range(0, min(count, self._order.size), batch):
+            places = np.arange(start, min(start + batch, count, self._order.size))
             yield self.transform(self._reader.at(places)[0])
 
     def seek(self, consumed: int) -> None:
@@ -101,8 +103,7 @@ class TensorReader:
 
     def __init__(self, items: TensorDataset, order: Order, config: DataConfig, device: torch.device) -> None:
         self._order = order
-        chosen = torch.from_numpy(order.shard)
-        self._inputs, self._labels = (tensor[chosen].to(device) for tensor in items.tensors)
+        self._inputs, self._labels = (tensor.to(device) for tensor in items.tensors)
 
     def read(self, start: int, count: int) -> Batch:
         return self.at(self._order.places(start, count))
@@ -128,7 +129,7 @@ class _Positioned:
         random.seed(mixed)
         np.random.seed(mixed)
         torch.manual_seed(mixed)
-        return self.items[int(self.order.shard[place])]
+        return self.items[place]
 
 
 class LoaderReader:
@@ -155,7 +156,7 @@ class LoaderReader:
         return self._put(inputs[:count]), self._put(labels[:count])
 
     def at(self, places: Indices) -> Batch:
-        picked = torch.utils.data.default_collate([self._items[int(self._order.shard[place])] for place in places])
+        picked = torch.utils.data.default_collate([self._items[int(place)] for place in places])
         return self._put(picked[0]), self._put(picked[1])
 
     def close(self) -> None:

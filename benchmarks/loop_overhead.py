@@ -1,0 +1,184 @@
+"""The trainer's own cost: samples/s and memory of one rank against a bare PyTorch loop on the same work.
+
+    python -m benchmarks.loop_overhead [--quick] [--out benchmarks/results/loop_overhead.json]
+
+Both train the FedAvg CNN with the same optimizer on the same pictures. Speed: interleaved repeats in one process, at
+period 1, by batch. Memory: a fresh process each, the peak beyond what importing and loading the data took, in a local
+phase of two ranks against one bare process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing as mp
+import os
+import socket
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from benchmarks.provenance import provenance
+from trainer.config import DataConfig, OptimConfig, StepConfig, WorldConfig
+from trainer.data import ShardStream, open_part, shard_of
+from trainer.optim import build_optimizer, learning_rate, set_learning_rate
+from trainer.plan import Plan
+from trainer.policies import Constant
+from trainer.step import LocalStep
+from trainer.sync import LocalSGD
+from trainer.tasks import FedAvgCNN, parameter_count
+from trainer.train import peak_memory_bytes
+from trainer.world import World, open_world
+
+OPTIM = OptimConfig()
+
+
+def bare(data: DataConfig, batch: int, steps: int, shards: int = 1) -> float:
+    """Samples a second of a plain loop that looks up shuffled uint8 pictures, normalises and trains; nothing else."""
+    part = open_part(data, train=True, seed=0)
+    pictures, labels = part.subset(np.arange(len(part) // shards)).items.tensors
+    del part
+    torch.manual_seed(0)
+    model, loss_function = FedAvgCNN(), nn.CrossEntropyLoss()
+    optimizer = torch.optim.SGD(model.parameters(), OPTIM.lr, momentum=OPTIM.momentum, nesterov=OPTIM.nesterov)
+    order = torch.randperm(len(pictures))
+    began = 0.0
+    for step in range(-WARM_UP, steps):
+        if step == 0:
+            began = time.perf_counter()
+        start = (step + WARM_UP) * batch % (len(order) - batch)
+        chosen = order[start : start + batch]
+        optimizer.zero_grad()
+        loss = loss_function(model((pictures[chosen].float() / 255 - 0.286) / 0.353), labels[chosen])
+        loss.backward()
+        optimizer.step()
+    return steps * batch / (time.perf_counter() - began)
+
+
+def ours(data: DataConfig, batch: int, steps: int, world: World | None = None, period: int = 1) -> float:
+    """Samples a second of the trainer's loop: stream, step, schedule, synchronizer, observations."""
+    world = world or World()
+    part = open_part(data, train=True, seed=0)
+    stream = ShardStream(part.subset(shard_of("iid", len(part), world.size, world.rank, 0)), data, world, 0)
+    del part
+    torch.manual_seed(0)
+    model = FedAvgCNN()
+    step_of = LocalStep(StepConfig(), OPTIM, nn.CrossEntropyLoss(), world.device)
+    optimizer = build_optimizer(OPTIM, model.parameters())
+    began, total = 0.0, (steps + WARM_UP) * batch * world.size
+    with LocalSGD(model, optimizer, Constant(Plan(batch, period)), world=world) as sync:
+        for inputs, labels in sync.batches(stream, total):
+            if sync.local_step == WARM_UP:
+                began = time.perf_counter()
+            set_learning_rate(optimizer, learning_rate(OPTIM, sync.samples, total))
+            loss, skipped = step_of(sync, inputs, labels)
+            sync.step(loss, skipped=skipped)
+    return steps * batch / (time.perf_counter() - began)
+
+
+WARM_UP = 5
+
+
+def speed(data: DataConfig, batch: int, repeats: int, seconds: float) -> dict[str, Any]:
+    """Interleaved repeats: ours and bare in turn, each order as often as the other."""
+    steps = max(10, int(seconds * bare(data, batch, 10) / batch))
+    rates: dict[str, list[float]] = {"bare": [], "ours": []}
+    for repeat in range(repeats):
+        for name in ("bare", "ours") if repeat % 2 else ("ours", "bare"):
+            rates[name].append((bare if name == "bare" else ours)(data, batch, steps))
+    ratios = [mine / plain for mine, plain in zip(rates["ours"], rates["bare"], strict=True)]
+    return {
+        "batch": batch,
+        "steps": steps,
+        "bare_samples_per_s": statistics.median(rates["bare"]),
+        "ours_samples_per_s": statistics.median(rates["ours"]),
+        "ratio": statistics.median(ratios),
+        "ratios": ratios,
+    }
+
+
+def _peak(send: Any, place: dict[str, str], data: DataConfig, batch: int) -> None:
+    os.environ.update(place)
+    torch.set_num_threads(1)
+    if place:
+        with open_world(WorldConfig(backend="gloo")) as world:
+            ours(data, batch, 64, world, period=16)
+    else:
+        bare(data, batch, 64, shards=2)
+    send.send(peak_memory_bytes(torch.device("cpu")))
+
+
+def peaks(data: DataConfig, batch: int, ranks: int) -> list[int]:
+    """Peak bytes of each process: `ranks` of ours in a local phase, or 0 for one bare loop."""
+    context = mp.get_context("spawn")
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = str(listener.getsockname()[1])
+    found, started = [], []
+    for rank in range(max(ranks, 1)):
+        receive, send = context.Pipe(duplex=False)
+        place = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "WORLD_SIZE": str(ranks),
+            "LOCAL_WORLD_SIZE": str(ranks),
+        }
+        place |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        process = context.Process(target=_peak, args=(send, place if ranks else {}, data, batch))
+        process.start()
+        started.append((process, receive))
+    for process, receive in started:
+        found.append(receive.recv())
+        process.join()
+    return found
+
+
+def memory(data: DataConfig, batch: int, repeats: int) -> dict[str, Any]:
+    """A rank's peak in a local phase over the bare loop's, in units of the parameters' bytes."""
+    model_bytes = parameter_count(FedAvgCNN()) * 4
+    plain = [peaks(data, batch, 0)[0] for _ in range(repeats)]
+    ranks = [max(peaks(data, batch, 2)) for _ in range(repeats)]
+    above = statistics.median(ranks) - statistics.median(plain)
+    return {
+        "batch": batch,
+        "parameter_bytes": model_bytes,
+        "bare_peak_bytes": plain,
+        "rank_peak_bytes": ranks,
+        "above_bytes": above,
+        "above_in_parameters": above / model_bytes,
+    }
+
+
+def main() -> None:
+    """Measure, print a table, write the raw figures."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.loop_overhead", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="a minute instead of several")
+    parser.add_argument("--data", default="data", help="folder of Fashion-MNIST")
+    parser.add_argument("--out", default="benchmarks/results/loop_overhead.json")
+    args = parser.parse_args()
+    data = DataConfig(root=args.data)
+    repeats, seconds = (3, 2.0) if args.quick else (9, 8.0)
+    torch.set_num_threads(1)
+    result: dict[str, Any] = {"provenance": provenance(), "speed": [], "quick": args.quick}
+    for batch in (32, 256):
+        figures = speed(data, batch, repeats, seconds)
+        result["speed"].append(figures)
+        print(
+            f"batch {batch}: ours {figures['ours_samples_per_s']:,.0f}, bare {figures['bare_samples_per_s']:,.0f} "
+            f"samples/s, ratio {figures['ratio']:.3f} ({min(figures['ratios']):.3f} to {max(figures['ratios']):.3f})",
+            flush=True,
+        )
+    result["memory"] = memory(data, 32, 2 if args.quick else 5)
+    above = result["memory"]["above_in_parameters"]
+    print(f"peak memory of a rank in a local phase: {above:.2f} x the parameters' bytes above the bare loop's")
+    if not args.quick:
+        Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

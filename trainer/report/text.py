@@ -1,0 +1,84 @@
+"""Figures in words, the same in the terminal, on the page and in the pictures."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from trainer.report.runs import Run, Speedup
+
+NONE = "—"
+
+
+def number(value: float | None, form: str = ",.0f", unit: str = "") -> str:
+    """A figure in a format, with its unit; a dash where it was not measured."""
+    return NONE if value is None else f"{value:{form}}{unit}"
+
+
+def accuracy(value: float | None) -> str:
+    """A fraction of the test set to four places."""
+    return number(value, ".4f")
+
+
+def seconds(value: float | None) -> str:
+    """A time in seconds, three figures or whole seconds."""
+    if value is None:
+        return NONE
+    return f"{value:,.0f} s" if value >= 100 else f"{value:.1f} s" if value >= 1 or value == 0 else f"{value:.2g} s"
+
+
+def size(value: float | None) -> str:
+    """A size in bytes with a decimal prefix."""
+    if value is None:
+        return NONE
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(value) < 1_000:
+            return f"{value:.3g} {unit}"
+        value /= 1_000
+    return f"{value:,.3g} TB"
+
+
+def speedup(found: Speedup | None) -> str:
+    """A time-to-accuracy speedup, with the sign of a bound."""
+    if found is None:
+        return NONE
+    return ("" if found.bound == "=" else f"{found.bound} ") + f"{found.ratio:.2f}"
+
+
+def plain(value: Any) -> str:
+    """Whatever a record holds."""
+    if value is None:
+        return NONE
+    if isinstance(value, bool | str):
+        return str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.4g}" if abs(value) < 1e6 else f"{value:,.0f}"
+    return json.dumps(value)
+
+
+def pairs(table: Any) -> str:
+    """The entries of a table in one line."""
+    return ", ".join(f"{name} {plain(value)}" for name, value in table.items()) or NONE
+
+
+def plan(table: Any) -> str:
+    """The batch and the period of a plan, short enough for a picture."""
+    return f"b {plain(table.get('batch_per_rank'))}, H {plain(table.get('sync_period_steps'))}"
+
+
+def headline(run: Run) -> list[tuple[str, str, str]]:
+    """What the run reached: (figure, its name, what it is beside)."""
+    best = run.number("best_test_accuracy")
+    return [
+        (accuracy(run.number("test_accuracy")), "test accuracy", f"best {accuracy(best)}"),
+        (number(run.number("scaling_speedup"), ".2f"), "scaling speedup", _against_ranks(run)),
+        (number(run.number("samples_per_s")), "samples/s", f"{number(run.number('samples'))} samples"),
+        (seconds(run.number("elapsed_s")), "training clock", f"evaluation beside it {seconds(run.number('eval_s'))}"),
+    ]
+
+
+def _against_ranks(run: Run) -> str:
+    ranks = run.number("world_size")
+    return "over one rank alone" if ranks is None else f"{ranks:.0f} rank{'s' * (ranks != 1)}, over one alone"
