@@ -1,0 +1,48 @@
+"""The README's own loop runs as it stands, on one rank and on two."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import run
+from torch import nn
+
+from trainer.world import World
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def loop_of_the_readme() -> str:
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    return next(block for block in blocks if "with LocalSGD" in block)
+
+
+def run_it(world: World) -> tuple[int, torch.Tensor, float, float]:
+    torch.manual_seed(world.rank)
+    draw = torch.Generator().manual_seed(0)
+    inputs = torch.randn(4000, 12, generator=draw)
+    labels = (inputs[:, :4].sum(dim=1) > 0).long()
+    model = nn.Sequential(nn.Linear(12, 32), nn.ReLU(), nn.Linear(32, 2))
+    mine: dict[str, Any] = {
+        "model": model,
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
+        "dataset": list(zip(inputs, labels, strict=True)),
+        "loss_fn": nn.CrossEntropyLoss(),
+    }
+    before = mine["loss_fn"](model(inputs), labels).item()
+    exec(loop_of_the_readme(), mine)
+    after = mine["loss_fn"](model(inputs), labels).item()
+    return mine["sync"].samples, torch.cat([p.detach().flatten() for p in model.parameters()]), before, after
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_the_loop_of_ones_own(size: int) -> None:
+    results = run(size, run_it)
+    for samples, weights, before, after in results:
+        assert samples == 4000
+        assert torch.equal(weights, results[0][1])
+        assert after < before / 3

@@ -1,0 +1,41 @@
+"""The recipes that ship, each taken through a change of phase on two real ranks with the real data."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ranks import run
+
+from trainer import recipes
+from trainer.world import World
+
+ROOT = Path(__file__).parent.parent
+SMALLER = (
+    "--data.train-limit 512 --data.test-limit 32 --run.samples 224 --policy.samples-per-phase 80 "
+    "--policy.small.batch-per-rank 4 --policy.small.sync-period-steps 5 --policy.large.batch-per-rank 8 "
+    "--eval.every-samples 100000 --record.reference-s 0 --record.no-tensorboard --record.no-progress"
+)
+
+
+def by_recipe(world: World, recipe: str, root: str) -> None:
+    from trainer.train import Job, _train
+
+    flags = ["--recipe", recipe, "--run.root", root, "--data.root", str(ROOT / "data"), *SMALLER.split()]
+    _train(Job.open(recipes.parse(flags, "test")), world)
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("name", ["resnet50", "vgg11"])
+def test_twenty_steps_through_a_phase_change(name: str, tmp_path: Path) -> None:
+    run(2, by_recipe, str(ROOT / "launch" / "recipes" / f"{name}.toml"), str(tmp_path), timeout_s=200)
+    told = records(tmp_path / name)
+    assert [line["name"] for line in told if line["kind"] == "phase"] == ["small", "large", "small"]
+    end = told[-1]
+    assert (end["kind"], end["local_steps"], end["samples"]) == ("end", 20, 224)
+    assert all(line["train_loss"] is not None for line in told if line["kind"] == "round")
