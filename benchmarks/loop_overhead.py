@@ -29,10 +29,10 @@ from trainer.data import ShardStream, open_part, shard_of
 from trainer.optim import build_optimizer, learning_rate, set_learning_rate
 from trainer.plan import Plan
 from trainer.policies import Constant
+from trainer.run import peak_memory_bytes
 from trainer.step import LocalStep
 from trainer.sync import LocalSGD
 from trainer.tasks import FedAvgCNN, parameter_count
-from trainer.train import peak_memory_bytes
 from trainer.world import World, open_world
 
 OPTIM = OptimConfig()

@@ -21,10 +21,11 @@ SMALLER = (
 
 
 def by_recipe(world: World, recipe: str, root: str) -> None:
-    from trainer.train import Job, _train
+    from trainer.run import Job
+    from trainer.train import train_in
 
     flags = ["--recipe", recipe, "--run.root", root, "--data.root", str(ROOT / "data"), *SMALLER.split()]
-    _train(Job.open(recipes.parse(flags, "test")), world)
+    train_in(world, Job.open(recipes.parse(flags, "test")))
 
 
 def records(folder: Path) -> list[dict[str, Any]]:

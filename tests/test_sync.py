@@ -290,7 +290,9 @@ def disagree(world: World) -> None:
 
 
 def test_ranks_with_different_plans_are_told_apart() -> None:
-    with pytest.raises(RankError, match=r"MismatchError: ranks disagree about their plan: rank 0 .*; rank 1 "):
+    with pytest.raises(
+        RankError, match=r"MismatchError: ranks disagree about their batch: rank 0 .* batch 8 .*; rank 1 .* batch 9 "
+    ):
         run(2, disagree)
 
 

@@ -118,9 +118,10 @@ def weights(folder: Path) -> torch.Tensor:
 
 
 def in_process(world: World, config: Config) -> None:
-    from trainer.train import Job, _train
+    from trainer.run import Job
+    from trainer.train import train_in
 
-    _train(Job.open(config), world)
+    train_in(world, Job.open(config))
 
 
 @pytest.fixture(scope="module")

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 import warnings
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -21,7 +20,7 @@ from trainer.collectives import Collectives
 from trainer.config import SyncConfig
 from trainer.controller import Controller, Phase
 from trainer.data import ShardStream
-from trainer.errors import MismatchError
+from trainer.ledger import Ledger, compare, reduce
 from trainer.plan import Observation, Plan
 from trainer.policies import Policy
 from trainer.replica import Replica, recalibrate
@@ -39,19 +38,6 @@ class Round:
     """The phase that begins after it, where one does."""
     skipped_in_a_row: int
     """The most local steps that any rank has now skipped one after another."""
-
-
-@dataclass
-class _Open:
-    """This rank's part since the last observation."""
-
-    steps: int = 0
-    samples: int = 0
-    loss_samples: int = 0
-    skipped: int = 0
-    rounds: int = 0
-    compute_from_s: float = 0.0
-    wait_from_s: float = 0.0
 
 
 class LocalSGD:
@@ -106,9 +92,7 @@ class LocalSGD:
         self._agreed_samples = 0  # trained by all ranks up to the last observation
         self._round_steps = 0
         self._find_unused = settings.find_unused_parameters
-        self._open = _Open()
-        self._loss_sum = torch.zeros((), device=device)
-        self._skipped_in_a_row = 0
+        self._ledger = Ledger(device)
         self._accuracy = math.nan
         self._batch_samples: int | None = None
         self._parallel: DistributedDataParallel | None = None
@@ -154,7 +138,7 @@ class LocalSGD:
     @property
     def samples(self) -> int:
         """Samples trained so far, over all ranks."""
-        return self._agreed_samples + self._open.samples * self.world.size
+        return self._agreed_samples + self._ledger.samples * self.world.size
 
     @property
     def lr_scale(self) -> float:
@@ -221,18 +205,11 @@ class LocalSGD:
         self._batch_samples = None
         self.local_step += 1
         self._round_steps += 1
-        self._open.steps += 1
-        self._open.samples += count
-        self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
-        if skipped:
-            self._open.skipped += 1
-        else:
-            self._open.loss_samples += count
-            self._loss_sum += loss.detach() * count
+        self._ledger.count(loss, count, skipped=skipped)
         if self._round_steps < self.plan.sync_period_steps:
             return None
         self._end_round()
-        often = self.plan.sync_period_steps == 1 and self._open.steps < self.settings.observe_steps
+        often = self.plan.sync_period_steps == 1 and self._ledger.steps < self.settings.observe_steps
         return None if often else self._observe()
 
     @property
@@ -244,7 +221,7 @@ class LocalSGD:
         """End the open round early, so that the replicas are one model; the Round, where anything was left to tell."""
         if not self.between_rounds:
             self._end_round()
-        return self._observe() if self._open.steps else None
+        return self._observe() if self._ledger.steps else None
 
     def ask_to_stop(self) -> None:
         """Make all ranks stop at the next observation: `batches` ends on each, and `stopping` is true."""
@@ -281,14 +258,14 @@ class LocalSGD:
 
     def _end_round(self) -> None:
         self.rounds += 1
-        self._open.rounds += 1
         self._round_steps = 0
 
     def _observe(self) -> Round:
         """Compare, average, decide: the same on every rank."""
         headers = self.collectives.gather(self._header())
-        self._compare(headers)
-        seen, phase = self._reduce(headers), self.controller.phase
+        equal = ("round", "step", "batch", "period", "lr_scale")
+        compare(headers, (*equal, "samples") if self.plan.sync_period_steps == 1 else equal)
+        seen, phase = reduce(headers, self._agreed_samples, self._accuracy), self.controller.phase
         layouts = {header["layout"] for header in headers}
         if self.plan.sync_period_steps > 1:
             trained = sum(header["samples"] for header in headers)
@@ -301,63 +278,22 @@ class LocalSGD:
         if changed:
             self._find_unused |= any(header["no_gradient"] for header in headers)
             self._enter_plan()
-        self._begin_observation()
+        self._ledger.begin(self.clock.read())
         in_a_row = int(max(header["in_a_row"] for header in headers))
         return Round(seen, phase, self.controller.phase if changed else None, in_a_row)
 
     def _header(self) -> dict[str, float]:
-        times = self.clock.read()
-        plan = zlib.crc32(repr(astuple(self.plan)).encode())
         return {
             "round": self.rounds,
             "step": self.local_step,
-            "plan": plan,
-            "samples": self._open.samples,
-            "loss_samples": self._open.loss_samples,
-            "loss_sum": self._loss_sum.item(),
-            "skipped": self._open.skipped,
-            "in_a_row": self._skipped_in_a_row,
+            "batch": self.plan.batch_per_rank,
+            "period": self.plan.sync_period_steps,
+            "lr_scale": self.plan.lr_scale,
             "stop": self._stop_asked,
             "no_gradient": self.replica.without_gradient(),
             "layout": self.replica.layout_digest(),
-            "compute_s": times["compute_s"] - self._open.compute_from_s,
-            "wait_s": times["sync_wait_s"] - self._open.wait_from_s,
+            **self._ledger.header(self.clock.read()),
         }
-
-    def _compare(self, headers: list[dict[str, float]]) -> None:
-        """Every rank must have come to the same point by the same Plan.
-
-        Raises:
-            MismatchError: names two ranks and what each believes.
-        """
-        names = ("round", "step", "plan") + (("samples",) if self.plan.sync_period_steps == 1 else ())
-        for rank, header in enumerate(headers):
-            for name in names:
-                if header[name] != headers[0][name]:
-                    sides = "; ".join(
-                        f"rank {who} is at round {h['round']:.0f}, local step {h['step']:.0f}, "
-                        f"{h['samples']:.0f} samples, plan {h['plan']:.0f}"
-                        for who, h in ((0, headers[0]), (rank, header))
-                    )
-                    raise MismatchError(f"ranks disagree about their {name}: {sides}")
-
-    def _reduce(self, headers: list[dict[str, float]]) -> Observation:
-        total = {name: sum(header[name] for header in headers) for name in headers[0]}
-        return Observation(
-            round=self.rounds,
-            local_step=self.local_step,
-            samples=self._agreed_samples + int(total["samples"]),
-            train_loss=total["loss_sum"] / total["loss_samples"] if total["loss_samples"] else math.nan,
-            compute_s=total["compute_s"] / self.world.size,
-            sync_wait_s=total["wait_s"] / self.world.size,
-            skipped_steps=int(total["skipped"]),
-            test_accuracy=self._accuracy,
-        )
-
-    def _begin_observation(self) -> None:
-        times = self.clock.read()
-        self._open = _Open(compute_from_s=times["compute_s"], wait_from_s=times["sync_wait_s"])
-        self._loss_sum.zero_()
 
     def _enter_plan(self) -> None:
         """Period 1 needs one optimizer state and one loss scale on all ranks."""
@@ -418,9 +354,7 @@ class LocalSGD:
             "rounds": self.rounds,
             "agreed_samples": self._agreed_samples,
             "round_steps": self._round_steps,
-            "open": asdict(self._open),
-            "loss_sum": self._loss_sum.item(),
-            "skipped_in_a_row": self._skipped_in_a_row,
+            "ledger": self._ledger.state_dict(),
             "accuracy": self._accuracy,
             "find_unused": self._find_unused,
             "controller": self.controller.state_dict(),
@@ -432,10 +366,8 @@ class LocalSGD:
         """Go on from a checkpoint: called inside the `with` block, once model and optimizer are loaded."""
         self.local_step, self.rounds = state["local_step"], state["rounds"]
         self._agreed_samples, self._round_steps = state["agreed_samples"], state["round_steps"]
-        self._open = _Open(**state["open"])
-        self._loss_sum.fill_(state["loss_sum"])
-        self._skipped_in_a_row, self._accuracy = state["skipped_in_a_row"], state["accuracy"]
-        self._find_unused = state["find_unused"]
+        self._ledger.load_state_dict(state["ledger"])
+        self._accuracy, self._find_unused = state["accuracy"], state["find_unused"]
         self.controller.load_state_dict(state["controller"])
         self.collectives.sent_bytes = state["sent_bytes"]
         self.clock.load_state_dict(state["clock"])

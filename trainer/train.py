@@ -2,33 +2,13 @@
 
 from __future__ import annotations
 
-import resource
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
-
-import torch
-from torch import nn
-
-from trainer import recipes
-from trainer.checkpoint import Checkpoints
-from trainer.config import Config, check_ranks, digest
-from trainer.data import DataPart, ShardStream, Transform, open_part, shard_of, split_evenly
-from trainer.launcher import read_launch
-from trainer.optim import build_optimizer, learning_rate, set_learning_rate
-from trainer.policies import policy_name
-from trainer.records import Records, open_records, prepare_folder
-from trainer.reference import measure_alone, recorded_reference
-from trainer.step import LocalStep
-from trainer.sync import LocalSGD, Round
-from trainer.tasks import build_model, loss_function
-from trainer.world import World, compare_ranks, open_world, versions
-
-Summary = dict[str, Any]
+from trainer.config import Config, digest
+from trainer.data import ShardStream
+from trainer.optim import build_optimizer, set_learning_rate
+from trainer.reference import measure_alone
+from trainer.run import Job, Run, Summary
+from trainer.sync import LocalSGD
+from trainer.world import World, compare_ranks, open_world
 
 
 def train(config: Config) -> Summary | None:
@@ -45,273 +25,30 @@ def train(config: Config) -> Summary | None:
     """
     job = Job.open(config.named())
     with open_world(config.world) as world:
-        compare_ranks(world, digest(config))
-        return _train(job, world)
+        compare_ranks(world, digest(job.config))
+        return train_in(world, job)
 
 
-def _train(job: Job, world: World) -> Summary | None:
+def train_in(world: World, job: Job) -> Summary | None:
+    """The loop itself, in a world that is open."""
     config = job.config
     model, step = job.build(world)
     optimizer = build_optimizer(config.optim, model.parameters())
     stream = ShardStream(job.shard, config.data, world, config.run.seed)
     alone = job.alone or measure_alone(config, step.loss, model, stream, world)
-    checkpoints = Checkpoints(job.folder / "checkpoints", config.checkpoint.keep, world)
-    newest = checkpoints.find(config.run.resume)
 
-    with LocalSGD(model, optimizer, config.policy, settings=config.sync, world=world, scaler=step.scaler) as sync:
-        sync.clock.stop()
-        state = checkpoints.load(newest, model, optimizer) if newest else {}
-        if world.rank == 0:
-            prepare_folder(job.folder, resuming=bool(state), metrics_bytes=state.get("metrics_bytes", 0))
-            recipes.save(config, job.folder / "config.toml")
-        with open_records(job.folder, config, rank=world.rank) as records, stop_signals(sync):
-            run = Run(job, step, sync, stream, records, checkpoints, alone)
-            run.begin(state)
-            for inputs, labels in sync.batches(stream, config.run.samples):
-                set_learning_rate(optimizer, run.rate())
-                loss, skipped = step(sync, inputs, labels)
-                run.record(sync.step(loss, skipped=skipped))
-                run.evaluate_if_due()
-                run.save_if_due()
-            if not sync.stopping:
-                return run.end()
-            run.stop()
-            return None
-
-
-@dataclass(frozen=True)
-class Job:
-    """What a configuration means on this rank, checked before any process group exists."""
-
-    config: Config
-    folder: Path
-    shard: DataPart
-    test_part: DataPart
-    loss: nn.Module
-    model: nn.Module
-    alone: float | None
-
-    @classmethod
-    def open(cls, config: Config) -> Job:
-        """Open the data and build the model, so that what cannot be is refused here."""
-        launch = read_launch()
-        check_ranks(config, launch.size)
-        seed = config.run.seed
-        part = open_part(config.data, train=True, seed=seed)
-        test_part = open_part(config.data, train=False, seed=seed)
-        shard = part.subset(shard_of(config.data.partition, len(part), launch.size, launch.rank, seed))
-        first = torch.as_tensor(shard.items[0][0])
-        channels, size = (first.shape[0], first.shape[-1]) if first.dim() == 3 else (1, first.shape[-1])
-        torch.manual_seed(seed)
-        model = build_model(config.task, shard.classes, channels, size)
-        folder = Path(config.run.root) / config.run.name
-        loss = loss_function(config.task)
-        return cls(config, folder, shard, test_part, loss, model, recorded_reference(config))
-
-    def build(self, world: World) -> tuple[nn.Module, LocalStep]:
-        """The model on this rank's device, and the step that trains it."""
-        options = self.config.step
-        model = self.model.to(world.device)
-        if options.channels_last:
-            model = model.to(memory_format=torch.channels_last)
-        if options.compile:
-            model.compile()
-        torch.manual_seed(self.config.run.seed + 1 + world.rank)  # dropout differs between ranks
-        return model, LocalStep(options, self.config.optim, self.loss.to(world.device), world.device)
-
-
-class Run:
-    """What happens beside the steps: records, evaluations, checkpoints, all off the training clock."""
-
-    def __init__(
-        self,
-        job: Job,
-        step: LocalStep,
-        sync: LocalSGD,
-        stream: ShardStream,
-        records: Records,
-        checkpoints: Checkpoints,
-        alone: float | None,
-    ) -> None:
-        self._job, self._step, self._sync, self._stream = job, step, sync, stream
-        self._config, self._records, self._checkpoints = job.config, records, checkpoints
-        self._alone = alone
-        self._best = 0.0
-        self._last: dict[str, float] = {}
-        self._skipped = 0
-
-    def begin(self, state: dict[str, Any]) -> None:
-        """Start afresh, or go on from a checkpoint's `rest`."""
-        if state:
-            self._sync.load_state_dict(state["sync"])
-            self._stream.seek(state["consumed"])
-            self._step.scaler.load_state_dict(state["scaler"])
-            self._best, self._skipped, self._alone = state["best"], state["skipped"], state["alone"]
-            self._next_eval, self._next_save = state["next_eval"], state["next_save"]
-            self._records.event("resumed", local_step=self._sync.local_step)
-        else:
-            self._next_eval, self._next_save = self._config.eval.every_samples, self._config.checkpoint.every_samples
-            self._records.phase(self._sync.controller.phase)
-        self._sync.clock.start()
-
-    def rate(self) -> float:
-        """The scheduled learning rate of the next step, before the plan's scale."""
-        return learning_rate(self._config.optim, self._sync.samples, self._config.run.samples)
-
-    def record(self, ended: Round | None) -> None:
-        """Write down a round that ranks compared, and the phase that begins after it."""
-        if ended is None:
-            return
-        seen, times = ended.seen, self._sync.clock.read()
-        self._skipped += seen.skipped_steps
-        figures = {
-            "round": seen.round,
-            "phase": ended.phase.number,
-            "local_step": seen.local_step,
-            "samples": seen.samples,
-            "plan": asdict(ended.phase.plan),
-            "lr": self._sync.optimizer.param_groups[0]["lr"] * self._sync.lr_scale,
-            "train_loss": seen.train_loss,
-            **{name: times[name] for name in ("elapsed_s", "compute_s", "sync_wait_s", "input_wait_s")},
-            "wire_bytes": round(self._sync.collectives.sent_bytes),
-            "divergence": None,
-            "grad_noise_scale": None,
-            "skipped_steps": seen.skipped_steps,
-        }
-        self._records.write("round", figures)
-        if ended.next_phase is not None:
-            self._records.phase(ended.next_phase)
-        if ended.skipped_in_a_row >= self._config.step.max_skipped_steps:
-            raise FloatingPointError(
-                f"no finite loss in {ended.skipped_in_a_row} local steps in a row, up to step {seen.local_step}: "
-                "lower optim.lr, set optim.clip_norm, or raise step.max_skipped_steps"
-            )
-
-    def evaluate_if_due(self) -> None:
-        """Evaluate at the first round's end past each mark."""
-        every = self._config.eval.every_samples
-        if self._next_eval is not None and self._sync.samples >= self._next_eval and self._sync.between_rounds:
-            assert every is not None
-            self._next_eval = (self._sync.samples // every + 1) * every
-            self._evaluate()
-
-    def save_if_due(self) -> None:
-        """Write a checkpoint at the first step past each mark, also in the middle of a round."""
-        every = self._config.checkpoint.every_samples
-        if self._next_save is not None and self._sync.samples >= self._next_save:
-            assert every is not None
-            self._next_save = (self._sync.samples // every + 1) * every
-            self._save()
-
-    def stop(self) -> None:
-        """Told to stop: leave a checkpoint that `run.resume auto` goes on from."""
-        self._save()
-        self._records.event("stopped", local_step=self._sync.local_step)
-
-    def end(self) -> Summary:
-        """Average what is left, evaluate the consensus model, and sum up."""
-        self.record(self._sync.finish())
-        if self._last.get("samples") != self._sync.samples:
-            self._evaluate()
-        self._save()
-        if self._sync.world.rank == 0:
-            torch.save(self._sync.replica.model.state_dict(), self._job.folder / "model.pt")
-        summary = self._summary()
-        self._records.finish(summary)
-        return summary
-
-    def _evaluate(self) -> None:
-        config, sync = self._config, self._sync
-        self.record(sync.finish())
-        with sync.clock.off("eval"):
-            transform = Transform.of(self._job.test_part, config.data, sync.world.device, train=False)
-            batches = split_evenly(self._job.test_part, sync.world, config.eval.batch, transform)
-            calibration = self._stream.sample_inputs(config.sync.recalibrate_samples, config.eval.batch)
-            with sync.consensus(calibration) as model:
-                result = self._step.evaluate(model, batches, sync.collectives)
-        sync.saw_accuracy(result.accuracy)
-        self._best = max(self._best, result.accuracy)
-        self._last = {
-            "local_step": sync.local_step,
-            "samples": sync.samples,
-            "elapsed_s": sync.clock.read()["elapsed_s"],
-            "test_loss": result.loss,
-            "test_accuracy": result.accuracy,
-        }
-        self._records.write("eval", self._last)
-
-    def _save(self) -> None:
-        sync = self._sync
-        with sync.clock.off("checkpoint"):
-            self._records.event("checkpoint", local_step=sync.local_step, samples=sync.samples)
-            rest = {
-                "sync": sync.state_dict(),
-                "consumed": self._stream.consumed,
-                "scaler": self._step.scaler.state_dict(),
-                "metrics_bytes": self._records.offset,
-                "best": self._best,
-                "skipped": self._skipped,
-                "alone": self._alone,
-                "next_eval": self._next_eval,
-                "next_save": self._next_save,
-            }
-            self._checkpoints.save(sync.local_step, sync.replica.model, sync.optimizer, rest)
-            sync.rewrap()
-
-    def _summary(self) -> Summary:
-        sync, times = self._sync, self._sync.clock.read()
-        rate = sync.samples / times["elapsed_s"]
-        return {
-            "name": self._config.run.name,
-            "policy": policy_name(self._config.policy),
-            "world_size": sync.world.size,
-            "local_steps": sync.local_step,
-            "rounds": sync.rounds,
-            "phases": sync.controller.phase.number + 1,
-            "samples": sync.samples,
-            **{name: times[name] for name in ("elapsed_s", "compute_s", "sync_wait_s", "input_wait_s")},
-            **{name: times[name] for name in ("eval_s", "checkpoint_s")},
-            "wire_bytes": round(sync.collectives.sent_bytes),
-            "samples_per_s": rate,
-            "reference_samples_per_s": self._alone,
-            "scaling_speedup": rate / self._alone if self._alone else None,
-            "test_accuracy": self._last["test_accuracy"],
-            "best_test_accuracy": self._best,
-            "skipped_steps": self._skipped,
-            "peak_memory_bytes": peak_memory_bytes(sync.world.device),
-            "device": device_name(sync.world.device),
-            "versions": versions(),
-        }
-
-
-@contextmanager
-def stop_signals(sync: LocalSGD) -> Iterator[None]:
-    """SIGTERM and SIGUSR1 (a scheduler's notice) end the run at the next observation, with a checkpoint."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    for number in kept:
-        signal.signal(number, lambda *_: sync.ask_to_stop())
-    try:
-        yield
-    finally:
-        for number, handler in kept.items():
-            signal.signal(number, handler)
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory that this rank has held: of the CUDA device, or of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    if status.exists():  # ru_maxrss counts what the launcher held before it became this process
-        return int(next(line for line in status.read_text().splitlines() if line.startswith("VmHWM")).split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def device_name(device: torch.device) -> str:
-    """The device in words, for the record."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"cpu, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)} a rank"
+    settings, policy = config.sync, config.policy
+    with (
+        LocalSGD(model, optimizer, policy, settings=settings, world=world, scaler=step.scaler) as sync,
+        Run(job, sync, step, stream, alone) as run,
+    ):
+        for inputs, labels in sync.batches(stream, config.run.samples):
+            set_learning_rate(optimizer, run.rate())
+            loss, skipped = step(sync, inputs, labels)
+            run.record(sync.step(loss, skipped=skipped))
+            run.evaluate_if_due()
+            run.save_if_due()
+        if not sync.stopping:
+            return run.end()
+        run.stop()
+        return None

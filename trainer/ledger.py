@@ -1,0 +1,110 @@
+"""What a rank has done since the ranks last compared: its numbers, and what all ranks' numbers come to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from trainer.errors import MismatchError
+from trainer.plan import Observation
+
+Header = Mapping[str, float]
+
+
+@dataclass
+class Ledger:
+    """This rank's share of the observation that is being gathered, in one small message a rank."""
+
+    device: torch.device
+    steps: int = 0
+    samples: int = 0
+    loss_samples: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    """Goes on across observations."""
+    compute_from_s: float = 0.0
+    wait_from_s: float = 0.0
+    _loss_sum: torch.Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        # on the device, so that counting a step waits for nothing
+        self._loss_sum = torch.zeros((), device=self.device)
+
+    def count(self, loss: torch.Tensor, samples: int, *, skipped: bool) -> None:
+        """Count one local step; a skipped one has no loss."""
+        self.steps += 1
+        self.samples += samples
+        if skipped:
+            self.skipped += 1
+            self.skipped_in_a_row += 1
+        else:
+            self.skipped_in_a_row = 0
+            self.loss_samples += samples
+            self._loss_sum += loss.detach() * samples
+
+    def header(self, times: Mapping[str, float]) -> dict[str, float]:
+        """This rank's numbers for the others; `times` is what the clock reads."""
+        return {
+            "samples": self.samples,
+            "loss_samples": self.loss_samples,
+            "loss_sum": self._loss_sum.item(),
+            "skipped": self.skipped,
+            "in_a_row": self.skipped_in_a_row,
+            "compute_s": times["compute_s"] - self.compute_from_s,
+            "wait_s": times["sync_wait_s"] - self.wait_from_s,
+        }
+
+    def begin(self, times: Mapping[str, float]) -> None:
+        """Begin the next observation."""
+        self.steps = self.samples = self.loss_samples = self.skipped = 0
+        self.compute_from_s, self.wait_from_s = times["compute_s"], times["sync_wait_s"]
+        self._loss_sum.zero_()
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint in the middle of an observation."""
+        state = asdict(self)
+        del state["device"], state["_loss_sum"]
+        return state | {"loss_sum": self._loss_sum.item()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        for name, value in state.items():
+            if name != "loss_sum":
+                setattr(self, name, value)
+        self._loss_sum.fill_(state["loss_sum"])
+
+
+def compare(headers: Sequence[Header], names: Sequence[str]) -> None:
+    """Every rank must have come to the same point by the same Plan.
+
+    Raises:
+        MismatchError: names two ranks and what each believes.
+    """
+    for rank, header in enumerate(headers):
+        for name in names:
+            if header[name] != headers[0][name]:
+                sides = "; ".join(
+                    f"rank {who} is at round {it['round']:.0f}, local step {it['step']:.0f}, "
+                    f"{it['samples']:.0f} samples, plan of batch {it['batch']:.0f} and period {it['period']:.0f}"
+                    for who, it in ((0, headers[0]), (rank, header))
+                )
+                raise MismatchError(f"ranks disagree about their {name}: {sides}")
+
+
+def reduce(headers: Sequence[Header], before: int, accuracy: float) -> Observation:
+    """What all ranks saw together; `before` is the samples trained up to the last observation."""
+    total = {name: sum(header[name] for header in headers) for name in headers[0]}
+    return Observation(
+        round=int(headers[0]["round"]),
+        local_step=int(headers[0]["step"]),
+        samples=before + int(total["samples"]),
+        train_loss=total["loss_sum"] / total["loss_samples"] if total["loss_samples"] else math.nan,
+        compute_s=total["compute_s"] / len(headers),
+        sync_wait_s=total["wait_s"] / len(headers),
+        skipped_steps=int(total["skipped"]),
+        test_accuracy=accuracy,
+    )

@@ -1,0 +1,283 @@
+"""One run on one rank: what its configuration means, and what happens beside the steps."""
+
+from __future__ import annotations
+
+import resource
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+from trainer import recipes
+from trainer.checkpoint import Checkpoints
+from trainer.config import Config, check_ranks
+from trainer.data import DataPart, ShardStream, Transform, open_part, shard_of, split_evenly
+from trainer.launcher import read_launch
+from trainer.optim import learning_rate
+from trainer.policies import policy_name
+from trainer.records import Records, open_records, prepare_folder
+from trainer.reference import recorded_reference
+from trainer.step import LocalStep
+from trainer.sync import LocalSGD, Round
+from trainer.tasks import build_model, loss_function
+from trainer.world import World, versions
+
+Summary = dict[str, Any]
+TIMES = ("elapsed_s", "compute_s", "sync_wait_s", "input_wait_s", "eval_s", "checkpoint_s")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a configuration means on this rank, checked before any process group exists."""
+
+    config: Config
+    folder: Path
+    shard: DataPart
+    test_part: DataPart
+    loss: nn.Module
+    model: nn.Module
+    alone: float | None
+
+    @classmethod
+    def open(cls, config: Config) -> Job:
+        """Open the data and build the model, so that what cannot be is refused here."""
+        launch = read_launch()
+        check_ranks(config, launch.size)
+        seed = config.run.seed
+        part = open_part(config.data, train=True, seed=seed)
+        test_part = open_part(config.data, train=False, seed=seed)
+        shard = part.subset(shard_of(config.data.partition, len(part), launch.size, launch.rank, seed))
+        first = torch.as_tensor(shard.items[0][0])
+        channels, size = (first.shape[0], first.shape[-1]) if first.dim() == 3 else (1, first.shape[-1])
+        torch.manual_seed(seed)
+        model = build_model(config.task, shard.classes, channels, size)
+        folder = Path(config.run.root) / config.run.name
+        loss = loss_function(config.task)
+        return cls(config, folder, shard, test_part, loss, model, recorded_reference(config))
+
+    def build(self, world: World) -> tuple[nn.Module, LocalStep]:
+        """The model on this rank's device, and the step that trains it."""
+        options = self.config.step
+        model = self.model.to(world.device)
+        if options.channels_last:
+            model = model.to(memory_format=torch.channels_last)
+        if options.compile:
+            model.compile()
+        torch.manual_seed(self.config.run.seed + 1 + world.rank)  # dropout differs between ranks
+        return model, LocalStep(options, self.config.optim, self.loss.to(world.device), world.device)
+
+
+class Run:
+    """What happens beside the steps: records, evaluations, checkpoints, all off the training clock."""
+
+    def __init__(self, job: Job, sync: LocalSGD, step: LocalStep, stream: ShardStream, alone: float | None) -> None:
+        self._job, self._sync, self._step, self._stream = job, sync, step, stream
+        self._config = job.config
+        self._checkpoints = Checkpoints(job.folder / "checkpoints", job.config.checkpoint.keep, sync.world)
+        self._records = Records()
+        self._close = ExitStack()
+        self._alone = alone
+        self._best = 0.0
+        self._last: dict[str, float] = {}
+        self._skipped = 0
+        self._next_eval = job.config.eval.every_samples
+        self._next_save = job.config.checkpoint.every_samples
+
+    def __enter__(self) -> Run:
+        """Start afresh, or go on from the checkpoint that is asked for; off the training clock."""
+        sync, folder = self._sync, self._job.folder
+        with sync.clock.off("other"):
+            newest = self._checkpoints.find(self._config.run.resume)
+            state = self._checkpoints.load(newest, sync.replica.model, sync.optimizer) if newest else {}
+            if sync.world.rank == 0:
+                prepare_folder(folder, resuming=bool(state), metrics_bytes=state.get("metrics_bytes", 0))
+                recipes.save(self._config, folder / "config.toml")
+            self._records = self._close.enter_context(open_records(folder, self._config, rank=sync.world.rank))
+            self._close.enter_context(stop_signals(sync))
+            if state:
+                self._restore(state)
+            else:
+                self._records.phase(sync.controller.phase)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._close.close()
+        self._stream.close()
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self._sync.load_state_dict(state["sync"])
+        self._stream.seek(state["consumed"])
+        self._step.scaler.load_state_dict(state["scaler"])
+        self._best, self._skipped, self._alone = state["best"], state["skipped"], state["alone"]
+        self._next_eval, self._next_save = state["next_eval"], state["next_save"]
+        self._records.event("resumed", local_step=self._sync.local_step, samples=self._sync.samples)
+
+    def rate(self) -> float:
+        """The scheduled learning rate of the next step, before the plan's scale."""
+        return learning_rate(self._config.optim, self._sync.samples, self._config.run.samples)
+
+    def record(self, ended: Round | None) -> None:
+        """Write down a round that ranks compared, and the phase that begins after it."""
+        if ended is None:
+            return
+        seen, times = ended.seen, self._sync.clock.read()
+        self._skipped += seen.skipped_steps
+        figures = {
+            "round": seen.round,
+            "phase": ended.phase.number,
+            "local_step": seen.local_step,
+            "samples": seen.samples,
+            "plan": asdict(ended.phase.plan),
+            "lr": self._sync.optimizer.param_groups[0]["lr"] * self._sync.lr_scale,
+            "train_loss": seen.train_loss,
+            **{name: times[name] for name in TIMES},
+            "wire_bytes": round(self._sync.collectives.sent_bytes),
+            "divergence": None,
+            "grad_noise_scale": None,
+            "skipped_steps": seen.skipped_steps,
+        }
+        self._records.write("round", figures)
+        if ended.next_phase is not None:
+            self._records.phase(ended.next_phase)
+        if ended.skipped_in_a_row >= self._config.step.max_skipped_steps:
+            raise FloatingPointError(
+                f"no finite loss in {ended.skipped_in_a_row} local steps in a row, up to step {seen.local_step}: "
+                "lower optim.lr, set optim.clip_norm, or raise step.max_skipped_steps"
+            )
+
+    def evaluate_if_due(self) -> None:
+        """Evaluate at the first round's end past each mark."""
+        every = self._config.eval.every_samples
+        if self._next_eval is not None and self._sync.samples >= self._next_eval and self._sync.between_rounds:
+            assert every is not None
+            self._next_eval = (self._sync.samples // every + 1) * every
+            self._evaluate()
+
+    def save_if_due(self) -> None:
+        """Write a checkpoint at the first step past each mark, also in the middle of a round."""
+        every = self._config.checkpoint.every_samples
+        if self._next_save is not None and self._sync.samples >= self._next_save:
+            assert every is not None
+            self._next_save = (self._sync.samples // every + 1) * every
+            self._save()
+
+    def stop(self) -> None:
+        """Told to stop: leave a checkpoint that `run.resume auto` goes on from."""
+        self._save()
+        self._records.event("stopped", local_step=self._sync.local_step, samples=self._sync.samples)
+
+    def end(self) -> Summary:
+        """Average what is left, evaluate the consensus model, and sum up."""
+        self.record(self._sync.finish())
+        if self._last.get("samples") != self._sync.samples:
+            self._evaluate()
+        self._save()
+        if self._sync.world.rank == 0:
+            torch.save(self._sync.replica.model.state_dict(), self._job.folder / "model.pt")
+        summary = self._summary()
+        self._records.finish(summary)
+        return summary
+
+    def _evaluate(self) -> None:
+        config, sync = self._config, self._sync
+        self.record(sync.finish())
+        with sync.clock.off("eval"):
+            transform = Transform.of(self._job.test_part, config.data, sync.world.device, train=False)
+            batches = split_evenly(self._job.test_part, sync.world, config.eval.batch, transform)
+            calibration = self._stream.sample_inputs(config.sync.recalibrate_samples, config.eval.batch)
+            with sync.consensus(calibration) as model:
+                result = self._step.evaluate(model, batches, sync.collectives)
+        sync.saw_accuracy(result.accuracy)
+        self._best = max(self._best, result.accuracy)
+        self._last = {
+            "local_step": sync.local_step,
+            "samples": sync.samples,
+            "elapsed_s": sync.clock.read()["elapsed_s"],
+            "test_loss": result.loss,
+            "test_accuracy": result.accuracy,
+        }
+        self._records.write("eval", self._last)
+
+    def _save(self) -> None:
+        sync = self._sync
+        with sync.clock.off("checkpoint"):
+            self._records.event("checkpoint", local_step=sync.local_step, samples=sync.samples)
+            rest = {
+                "sync": sync.state_dict(),
+                "consumed": self._stream.consumed,
+                "scaler": self._step.scaler.state_dict(),
+                "metrics_bytes": self._records.offset,
+                "best": self._best,
+                "skipped": self._skipped,
+                "alone": self._alone,
+                "next_eval": self._next_eval,
+                "next_save": self._next_save,
+            }
+            self._checkpoints.save(sync.local_step, sync.replica.model, sync.optimizer, rest)
+            sync.rewrap()
+
+    def _summary(self) -> Summary:
+        sync, times = self._sync, self._sync.clock.read()
+        rate = sync.samples / times["elapsed_s"]
+        return {
+            "name": self._config.run.name,
+            "policy": policy_name(self._config.policy),
+            "world_size": sync.world.size,
+            "local_steps": sync.local_step,
+            "rounds": sync.rounds,
+            "phases": sync.controller.phase.number + 1,
+            "samples": sync.samples,
+            **{name: times[name] for name in TIMES},
+            "wire_bytes": round(sync.collectives.sent_bytes),
+            "samples_per_s": rate,
+            "reference_samples_per_s": self._alone,
+            "scaling_speedup": rate / self._alone if self._alone else None,
+            "test_accuracy": self._last["test_accuracy"],
+            "best_test_accuracy": self._best,
+            "skipped_steps": self._skipped,
+            "peak_memory_bytes": peak_memory_bytes(sync.world.device),
+            "device": device_name(sync.world.device),
+            "versions": versions(),
+        }
+
+
+@contextmanager
+def stop_signals(sync: LocalSGD) -> Iterator[None]:
+    """SIGTERM and SIGUSR1 (a scheduler's notice) end the run at the next observation, with a checkpoint."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    for number in kept:
+        signal.signal(number, lambda *_: sync.ask_to_stop())
+    try:
+        yield
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory that this rank has held: of the CUDA device, or of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.exists():  # ru_maxrss counts what the launcher held before it became this process
+        return int(next(line for line in status.read_text().splitlines() if line.startswith("VmHWM")).split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def device_name(device: torch.device) -> str:
+    """The device in words, for the record."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)} a rank"
