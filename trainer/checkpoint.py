@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -68,7 +69,7 @@ class Checkpoints:
         writer = FileSystemWriter(partial, single_file_per_rank=True, sync_files=True)
         planner = DefaultSavePlanner(**AS_GIVEN)
         named = {f"rank{self.world.rank}.{name}": value for name, value in mine.items()}
-        with _alone_is_meant():
+        with self._together(f"writing {path}"):
             save(named, storage_writer=writer, planner=planner, no_dist=self.world.size == 1)
         if self.world.rank == 0:
             shutil.rmtree(path, ignore_errors=True)
@@ -115,7 +116,7 @@ class Checkpoints:
             if name.startswith(prefix)
         }
         planner = DefaultLoadPlanner(**AS_GIVEN)
-        with _alone_is_meant():
+        with self._together(f"reading {path}"):
             load(wanted, storage_reader=reader, planner=planner, no_dist=self.world.size == 1)
         mine = {name.removeprefix(prefix): value for name, value in wanted.items()}
         rest: dict[str, Any] = mine.pop("rest")
@@ -130,16 +131,20 @@ class Checkpoints:
         _restore_random_state(rest.pop("random"), self.world.device)
         return rest
 
+    @contextmanager
+    def _together(self, operation: str) -> Iterator[None]:
+        """What ranks do together, so that any rank's failure is said as an error of ours."""
+        with warnings.catch_warnings(), self.world.collective(operation):
+            # a world of one has no process group, which the library would warn of
+            warnings.filterwarnings("ignore", message=".*assuming the intent is to", category=UserWarning)
+            try:
+                yield
+            except CheckpointException as error:  # no Exception, and its text is a traceback a rank
+                causes = {rank: failure[0] for rank, failure in error.failures.items()}
+                raise OSError(f"{operation} failed, by rank: {causes}") from error
+
     def _whole(self) -> list[Path]:
         return sorted(path for path in self.folder.glob("step-*") if path.suffix != PARTIAL)
-
-
-@contextmanager
-def _alone_is_meant() -> Iterator[None]:
-    """A world of one has no process group, which the library would warn of."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*assuming the intent is to", category=UserWarning)
-        yield
 
 
 def _random_state(device: torch.device) -> dict[str, Any]:

@@ -3,16 +3,13 @@
 # Annotations are evaluated in this file: DDP checks those of its communication hook.
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed import GradBucket  # type: ignore[attr-defined]  # compiled, and not listed
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from trainer.clock import Clock
-from trainer.errors import PeerError
 from trainer.world import World
 
 Vote = tuple[torch.Tensor, Any]
@@ -37,7 +34,7 @@ class Collectives:
         """
         if self.world.size == 1:
             return
-        with self.clock.waiting("sync_wait"), self._named("averaging"), torch.no_grad():
+        with self.clock.waiting("sync_wait"), self.world.collective("averaging"), torch.no_grad():
             sent = []
             for bucket in self._buckets(tensors):
                 flat = self._flat(bucket).mul_(weight)
@@ -51,7 +48,7 @@ class Collectives:
         """Replace each tensor by its elementwise largest over the ranks, in place (integer counters)."""
         if self.world.size == 1:
             return
-        with self.clock.waiting("sync_wait"), self._named("comparing counters"):
+        with self.clock.waiting("sync_wait"), self.world.collective("comparing counters"):
             for tensor in tensors:
                 dist.all_reduce(tensor, dist.ReduceOp.MAX)
                 self.sent_bytes += self._ring(tensor)
@@ -60,7 +57,7 @@ class Collectives:
         """Give every rank rank 0's values, in place."""
         if self.world.size == 1:
             return
-        with self.clock.waiting("sync_wait"), self._named("broadcast"), torch.no_grad():
+        with self.clock.waiting("sync_wait"), self.world.collective("broadcast"), torch.no_grad():
             for bucket in self._buckets(tensors):
                 flat = self._flat(bucket)
                 dist.broadcast(flat, src=0)
@@ -71,7 +68,7 @@ class Collectives:
         """Every rank's numbers, by rank; exact for whole numbers below 2**53. All ranks pass the same names."""
         if self.world.size == 1:
             return [{name: float(number) for name, number in numbers.items()}]
-        with self.clock.waiting("sync_wait"), self._named("comparing ranks"):
+        with self.clock.waiting("sync_wait"), self.world.collective("comparing ranks"):
             mine = torch.tensor(list(numbers.values()), dtype=torch.float64, device=self.world.device)
             everyone = [torch.empty_like(mine) for _ in range(self.world.size)]
             dist.all_gather(everyone, mine)
@@ -83,7 +80,7 @@ class Collectives:
         if self.world.size == 1:
             return [thing]
         everyone = [None] * self.world.size
-        with self.clock.waiting("sync_wait"), self._named("comparing layouts"):
+        with self.clock.waiting("sync_wait"), self.world.collective("comparing layouts"):
             dist.all_gather_object(everyone, thing)
         return everyone
 
@@ -93,14 +90,14 @@ class Collectives:
         if self.world.size == 1:
             return total, None
         self.sent_bytes += self._ring(total)
-        with self._named("summing the loss"):
+        with self.world.collective("summing the loss"):
             return total, dist.all_reduce(total, async_op=True)
 
     def end_sum(self, vote: Vote) -> float:
         """The sum that `begin_sum` started."""
         total, work = vote
         if work is not None:
-            with self._named("summing the loss"):
+            with self.world.collective("summing the loss"):
                 work.wait()
         return float(total.item())
 
@@ -109,8 +106,12 @@ class Collectives:
         self.sent_bytes += self._ring(bucket.buffer())
         if bucket.is_last():
             self.clock.overlap_begins()
-        assert dist.group.WORLD is not None
-        return allreduce_hook(dist.group.WORLD, bucket)
+        buffer = bucket.buffer().div_(self.world.size)
+        return dist.all_reduce(buffer, async_op=True).get_future().then(self._averaged)
+
+    def _averaged(self, reduced: torch.futures.Future[list[torch.Tensor]]) -> torch.Tensor:
+        with self.world.collective("averaging gradients"):
+            return reduced.value()[0]
 
     def _ring(self, buffer: torch.Tensor) -> float:
         return 2 * (self.world.size - 1) / self.world.size * buffer.nbytes
@@ -130,17 +131,6 @@ class Collectives:
     def _flat(self, bucket: Sequence[torch.Tensor]) -> torch.Tensor:
         """One buffer that NCCL or Gloo can send: also of state that an optimizer keeps on the CPU."""
         return torch.cat([tensor.reshape(-1) for tensor in bucket]).to(self.world.device)
-
-    @contextmanager
-    def _named(self, operation: str) -> Iterator[None]:
-        try:
-            yield
-        except RuntimeError as error:
-            cause = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise PeerError(
-                f"{operation} failed on rank {self.world.rank} of {self.world.size}: a peer went away, or did not "
-                f"answer in {self.world.timeout_s:g} s ({cause})"
-            ) from error
 
 
 def _unflatten(flat: torch.Tensor, bucket: Sequence[torch.Tensor]) -> None:

@@ -87,6 +87,7 @@ class Run:
         self._best = 0.0
         self._last: dict[str, float] = {}
         self._skipped = 0
+        self._saved = -1
         self._next_eval = job.config.eval.every_samples
         self._next_save = job.config.checkpoint.every_samples
 
@@ -172,8 +173,8 @@ class Run:
 
     def stop(self) -> None:
         """Told to stop: leave a checkpoint that `run.resume auto` goes on from."""
-        self._save()
         self._records.event("stopped", local_step=self._sync.local_step, samples=self._sync.samples)
+        self._save()
 
     def end(self) -> Summary:
         """Average what is left, evaluate the consensus model, and sum up."""
@@ -209,6 +210,9 @@ class Run:
 
     def _save(self) -> None:
         sync = self._sync
+        if self._saved == sync.local_step:
+            return
+        self._saved = sync.local_step
         with sync.clock.off("checkpoint"):
             self._records.event("checkpoint", local_step=sync.local_step, samples=sync.samples)
             rest = {

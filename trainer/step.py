@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +12,22 @@ from torch import nn
 
 from trainer.collectives import Collectives
 from trainer.config import OptimConfig, StepConfig
+from trainer.errors import PeerError
 from trainer.sync import LocalSGD
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@contextmanager
+def _peer_errors() -> Iterator[None]:
+    """A lost peer comes out of the backward pass as autograd's error, with ours as its text."""
+    try:
+        yield
+    except RuntimeError as error:
+        _, ours, said = str(error).partition("PeerError: ")
+        if not ours:
+            raise
+        raise PeerError(said.splitlines()[0]) from error
 
 
 @dataclass(frozen=True)
@@ -55,7 +68,8 @@ class LocalStep:
                 loss = loss * (len(part) / count) if len(part) < count else loss
                 mean += loss.detach()
                 finite = sync.all_finite(mean) if last else None
-                self.scaler.scale(loss).backward()
+                with _peer_errors():
+                    self.scaler.scale(loss).backward()
         assert finite is not None
         if not finite():
             return mean, True

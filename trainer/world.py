@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import trainer
 from trainer.config import WorldConfig
-from trainer.errors import ConfigError, MismatchError
+from trainer.errors import ConfigError, MismatchError, PeerError
 from trainer.launcher import Launch, read_launch
 
 
@@ -42,6 +42,24 @@ class World:
         if (launch.rank, launch.size) != (rank, size):  # a group that no launcher's variables describe
             launch = Launch(rank, size, rank, size)
         return World(rank, size, launch.local_rank, launch.local_size, launch.node, device)
+
+    @contextmanager
+    def collective(self, operation: str) -> Iterator[None]:
+        """What ranks do together: a failure in it names the operation and this rank.
+
+        Raises:
+            PeerError: instead of the backend's own error.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if isinstance(error, PeerError):
+                raise
+            cause = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise PeerError(
+                f"{operation} failed on rank {self.rank} of {self.size}: a peer went away, or did not answer in "
+                f"{self.timeout_s:g} s ({cause})"
+            ) from error
 
     @cached_property
     def mesh(self) -> DeviceMesh:

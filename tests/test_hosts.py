@@ -1,0 +1,214 @@
+"""Several hosts by torchrun: network namespaces, as launch/lab/hosts.sh lays them, one torchrun and one rank a host."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+HOSTS = ROOT / "launch" / "lab" / "hosts.sh"
+ENV = os.environ | {
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": str(ROOT),
+    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+    "HOSTS_PREFIX": f"ebt{os.getpid()}",
+    "LAB_OWNER": str(os.getpid()),
+}
+# torchrun's two ways to bring hosts together. In the second it asks nothing of host 1 while it runs, so that on a host
+# that is cut off it ends with its workers; in the first it waits for an answer that never comes.
+C10D = "--rdzv-backend=c10d --rdzv-endpoint=host1:29400 --rdzv-id=hosts"
+STATIC = "--master-addr=host1 --master-port=29400 --node-rank={rank}"
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
+WAIT_S = 100.0
+TIMEOUT_S = 5.0
+RECIPE = """
+[run]
+samples = 3_200
+[data]
+name = "fake"
+train_limit = 2_048
+test_limit = 256
+[policy]
+name = "alternating"
+samples_per_phase = 1_500
+[policy.small]
+batch_per_rank = 16
+sync_period_steps = 8
+[policy.large]
+batch_per_rank = 64
+sync_period_steps = 1
+[sync]
+observe_steps = 2
+[eval]
+every_samples = 1_500
+[checkpoint]
+every_samples = 500
+[record]
+progress = false
+tensorboard = false
+reference_s = 0.0
+"""
+# the trainer, after a word about the place that its launcher gave it
+TRAINER = """
+import sys
+from trainer.__main__ import main
+from trainer.launcher import read_launch
+print(read_launch(), flush=True)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@dataclass(frozen=True)
+class Work:
+    """A folder with a recipe and the trainer's script."""
+
+    folder: Path
+
+    def command(self, name: str, *flags: str) -> tuple[str, ...]:
+        """What torchrun is to start for a run of this name."""
+        run = ("--run.root", str(self.folder), "--run.name", name)
+        return (str(self.folder / "trainer_here.py"), "--recipe", str(self.folder / "small.toml"), *run, *flags)
+
+    def loopback(self, name: str, *flags: str) -> Path:
+        """A run of two ranks on this machine's own loopback; its directory."""
+        words = (*TORCHRUN, "--standalone", "--nproc-per-node=2", *self.command(name, *flags))
+        done = subprocess.run(words, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=WAIT_S)
+        assert done.returncode == 0, done.stderr
+        return self.folder / name
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Work:
+    folder = tmp_path_factory.mktemp("hosts")
+    (folder / "small.toml").write_text(RECIPE)
+    (folder / "trainer_here.py").write_text(TRAINER)
+    return Work(folder)
+
+
+@pytest.fixture(scope="module")
+def plain(work: Work) -> Path:
+    """The directory of a run on loopback, never interrupted."""
+    return work.loopback("plain")
+
+
+@pytest.fixture
+def hosts() -> Iterator[None]:
+    """Two hosts at 1 Gbit/s."""
+    if os.geteuid() != 0:
+        pytest.skip("network namespaces need root")
+    if not (shutil.which("ip") and shutil.which("tc")):
+        if os.environ.get("CI") != "true":
+            pytest.skip(
+                "iproute2 is not installed; apt-get install iproute2 does it, and so does this test where CI=true"
+            )
+        install_iproute2()
+    try:
+        done = hosts_sh("up", "2", "1gbit")
+        if done.returncode:
+            pytest.skip(f"no network namespaces here: {' '.join(done.stderr.split())[-200:]}")
+        yield
+    finally:
+        hosts_sh("down")
+
+
+@pytest.mark.usefixtures("hosts")
+def test_two_hosts_equal_loopback(work: Work, plain: Path) -> None:
+    with torchruns(C10D, work.command("two")) as processes:
+        outputs = [process.communicate(timeout=WAIT_S) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    places = {output.splitlines()[0] for output, _ in outputs}
+    assert places == {f"Launch(rank={n}, size=2, local_rank=0, local_size=1, node={n})" for n in (0, 1)}
+    assert_same_model(work.folder / "two", plain)
+
+
+@pytest.mark.usefixtures("hosts")
+def test_cut_cable_ends_every_process_and_leaves_a_whole_checkpoint(work: Work, plain: Path) -> None:
+    run = work.folder / "cut"
+    with torchruns(STATIC, work.command("cut", "--world.timeout_s", f"{TIMEOUT_S:g}")) as processes:
+        await_record(run, "checkpoint")
+        hosts_sh("cut", "2")
+        ended_by = time.monotonic() + TIMEOUT_S + 10  # a round's compute before it, two interpreters' end after it
+        errors = [process.communicate(timeout=max(0.1, ended_by - time.monotonic()))[1] for process in processes]
+    assert all(process.returncode for process in processes)
+    for error in errors:
+        assert error.count("a peer went away, or did not answer in 5 s") == 1, error
+    assert {rank for rank in (0, 1) for error in errors if f" failed on rank {rank} of 2: " in error} == {0, 1}
+    # what is there is enough to end as if nothing had happened
+    work.loopback("cut", "--run.resume", "auto")
+    assert [event["what"] for event in records(run, "event")].count("resumed") == 1
+    assert_same_model(run, plain)
+
+
+def hosts_sh(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([str(HOSTS), *words], env=ENV, capture_output=True, text=True, timeout=30)
+
+
+def install_iproute2() -> None:
+    for words in (("update",), ("install", "--yes", "--no-install-recommends", "iproute2")):
+        done = subprocess.run(("apt-get", "-qq", *words), capture_output=True, text=True, timeout=180)
+        if done.returncode:
+            pytest.skip(f"iproute2 cannot be installed: {' '.join(done.stderr.split())[-200:]}")
+
+
+@contextlib.contextmanager
+def torchruns(meeting: str, command: Sequence[str]) -> Iterator[list[subprocess.Popen[str]]]:
+    """One torchrun a host, all in one run; killed at the end if they still live."""
+    processes = [
+        subprocess.Popen(
+            (
+                *(str(HOSTS), "exec", str(rank + 1), *TORCHRUN, "--nnodes=2", "--nproc-per-node=1"),
+                *(*meeting.format(rank=rank).split(), *command),
+            ),
+            cwd=ROOT,
+            env=ENV | {"GLOO_SOCKET_IFNAME": "eth0"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        for rank in (0, 1)
+    ]
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait(10)
+
+
+def await_record(run: Path, what: str) -> None:
+    """Wait until the run has recorded an event, and a round after it."""
+    end = time.monotonic() + WAIT_S
+    while True:
+        kinds = [line.get("what", line["kind"]) for line in records(run)]
+        if what in kinds and "round" in kinds[kinds.index(what) :]:
+            return
+        assert time.monotonic() < end, f"waited {WAIT_S:g} s for {what}"
+        time.sleep(0.05)
+
+
+def records(run: Path, kind: str | None = None) -> list[dict[str, Any]]:
+    """The whole lines that the run has written so far, of one kind or all."""
+    path = run / "metrics.jsonl"
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return [line for line in map(json.loads, lines) if kind in (None, line["kind"])]
+
+
+def assert_same_model(run: Path, other: Path) -> None:
+    ours, theirs = (torch.load(folder / "model.pt", weights_only=True) for folder in (run, other))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
