@@ -1,0 +1,118 @@
+"""Scaling speedup against test accuracy: recipes side by side over several seeds, resumable run by run.
+
+    python -m benchmarks.frontier [--seeds 3] [--ranks 2] [--recipes alternating local_sgd ...] [--quick]
+
+Each run is `torchrun -m trainer --recipe ...` as a user starts it. Seeds are the outer loop, so that the recipes are
+interleaved on a machine whose speed drifts. A finished run is kept in results/frontier/ and skipped the next time; the
+table and the plot are made of what is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from benchmarks.provenance import provenance
+
+RECIPES = ("local_sgd", "alternating", "large_batch", "synchronous")
+RESULTS = Path("benchmarks/results/frontier")
+COLUMNS = {
+    "test_accuracy": "test accuracy",
+    "scaling_speedup": "scaling speedup",
+    "samples_per_s": "samples/s",
+    "elapsed_s": "seconds",
+    "local_steps": "local steps",
+    "wire_bytes": "MB sent a rank",
+}
+
+
+def measure(recipe: str, seed: int, ranks: int, flags: list[str], out: Path) -> None:
+    """One run in a folder of its own; its summary and evaluations are kept."""
+    threads = max(1, (os.cpu_count() or 1) // ranks)
+    with tempfile.TemporaryDirectory() as root:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        command += ["-m", "trainer", "--recipe", f"launch/recipes/{recipe}.toml", "--run.seed", str(seed)]
+        command += ["--run.root", root, "--run.name", recipe, "--eval.every-samples", "40000", *flags]
+        subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": str(threads)})
+        folder = Path(root) / recipe
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        summary = json.loads((folder / "summary.json").read_text())
+        evals = [line for line in lines if line["kind"] == "eval"]
+        kept = {"provenance": provenance(), "config": (folder / "config.toml").read_text()}
+    out.write_text(json.dumps(kept | {"summary": summary, "evals": evals}, indent=1) + "\n")
+
+
+def table(runs: dict[str, list[dict[str, Any]]]) -> str:
+    """Mean and standard deviation over the seeds, as Markdown."""
+    rows = ["| recipe | " + " | ".join(COLUMNS.values()) + " | seeds |", "| --- |" + " --- |" * (len(COLUMNS) + 1)]
+    for recipe, found in runs.items():
+        cells = [cell(name, [run["summary"][name] for run in found]) for name in COLUMNS]
+        rows.append(f"| `{recipe}` | " + " | ".join(cells) + f" | {len(found)} |")
+    return "\n".join(rows) + "\n"
+
+
+def cell(name: str, values: list[float]) -> str:
+    """One figure in its unit, with its spread where it has one."""
+    unit, form = {"wire_bytes": (1e6, ".0f"), "test_accuracy": (1, ".4f"), "scaling_speedup": (1, ".2f")}.get(
+        name, (1, ",.0f")
+    )
+    mean = statistics.mean(values) / unit
+    spread = statistics.stdev(values) / unit if len(values) > 1 else 0.0
+    return format(mean, form) if spread < 1e-9 else f"{mean:{form}} ± {spread:{form}}"
+
+
+def plot(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """Speedup against accuracy: a point a run, and each recipe's mean."""
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    marks = zip("osD^vP", ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"), strict=True)
+    for (recipe, found), (mark, colour) in zip(runs.items(), marks, strict=False):
+        speedup = [run["summary"]["scaling_speedup"] for run in found]
+        accuracy = [run["summary"]["test_accuracy"] for run in found]
+        axes.scatter(speedup, accuracy, marker=mark, color=colour, alpha=0.35, s=24)
+        axes.scatter(statistics.mean(speedup), statistics.mean(accuracy), marker=mark, color=colour, s=80, label=recipe)
+    axes.set_xlabel("scaling speedup over one rank alone at the small batch")
+    axes.set_ylabel("test accuracy at the end")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    """Run what is missing, then write the table and the plot."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.frontier", description=__doc__)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--recipes", nargs="+", default=list(RECIPES))
+    parser.add_argument("--quick", action="store_true", help="one seed of a tenth of the samples; keeps nothing")
+    args = parser.parse_args()
+    folder = Path(tempfile.mkdtemp()) if args.quick else RESULTS
+    folder.mkdir(parents=True, exist_ok=True)
+    flags = ["--run.samples", "16000", "--policy.samples-per-phase", "4000"] if args.quick else []
+    for seed in range(1 if args.quick else args.seeds):
+        for recipe in args.recipes:
+            out = folder / f"{recipe}-{args.ranks}-{seed}.json"
+            if not out.exists():
+                measure(recipe, seed, args.ranks, flags if recipe == "alternating" else flags[:2], out)
+    found = {
+        recipe: [json.loads(path.read_text()) for path in sorted(folder.glob(f"{recipe}-{args.ranks}-*.json"))]
+        for recipe in args.recipes
+    }
+    found = {recipe: runs for recipe, runs in found.items() if runs}
+    print(table(found))
+    if not args.quick:
+        (RESULTS.parent / "frontier.md").write_text(table(found))
+        plot(found, RESULTS.parent / "frontier.png")
+
+
+if __name__ == "__main__":
+    main()
