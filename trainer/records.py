@@ -125,7 +125,8 @@ class _Progress:
         elif kind == "round":
             self._round(figures)
         elif kind == "event":
-            self._say(", ".join(f"{name} {value}" for name, value in figures.items()))
+            what, *rest = figures.values()
+            self._say(f"{what}: " + ", ".join(f"{n} {v}" for n, v in zip(list(figures)[1:], rest, strict=True)))
 
     def close(self) -> None:
         if self._bar is not None:
