@@ -11,14 +11,17 @@ import torch
 from ranks import run
 from torch import nn
 
+from trainer.controller import Controller
+from trainer.plan import Observation
+from trainer.policies import POLICIES, policy_class
 from trainer.world import World
 
 README = Path(__file__).parent.parent / "README.md"
 
 
-def loop_of_the_readme() -> str:
+def block_with(text: str) -> str:
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
-    return next(block for block in blocks if "with LocalSGD" in block)
+    return next(block for block in blocks if text in block)
 
 
 def run_it(world: World) -> tuple[int, torch.Tensor, float, float]:
@@ -34,7 +37,7 @@ def run_it(world: World) -> tuple[int, torch.Tensor, float, float]:
         "loss_fn": nn.CrossEntropyLoss(),
     }
     before = mine["loss_fn"](model(inputs), labels).item()
-    exec(loop_of_the_readme(), mine)
+    exec(block_with("with LocalSGD"), mine)
     after = mine["loss_fn"](model(inputs), labels).item()
     return mine["sync"].samples, torch.cat([p.detach().flatten() for p in model.parameters()]), before, after
 
@@ -46,3 +49,16 @@ def test_the_loop_of_ones_own(size: int) -> None:
         assert samples == 4000
         assert torch.equal(weights, results[0][1])
         assert after < before / 3
+
+
+def test_the_policy_of_ones_own() -> None:
+    mine: dict[str, Any] = {"__name__": __name__}
+    exec(block_with("class Patient"), mine)
+    controller = Controller(mine["Patient"](batch_per_rank=8))
+    periods = [controller.plan.sync_period_steps]
+    for number, loss in enumerate((2.0, 2.5, 1.0, 1.0, 0.5), start=1):
+        controller.observe(Observation(round=number, train_loss=loss))
+        periods.append(controller.plan.sync_period_steps)
+    assert periods == [1, 1, 2, 2, 4, 4]
+    assert policy_class("patient") is mine["Patient"]
+    del POLICIES["patient"]

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from trainer import Alternating, Constant, LocalSGD, Plan, PostLocal, SyncConfig
 from trainer.config import OptimConfig, StepConfig
+from trainer.errors import ConfigError
 from trainer.step import LocalStep
 from trainer.world import World
 
@@ -294,6 +295,14 @@ def test_ranks_with_different_plans_are_told_apart() -> None:
         RankError, match=r"MismatchError: ranks disagree about their batch: rank 0 .* batch 8 .*; rank 1 .* batch 9 "
     ):
         run(2, disagree)
+
+
+def test_ranks_without_a_process_group_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    model = nn.Linear(2, 2)
+    with pytest.raises(ConfigError, match=r"call torch\.distributed\.init_process_group"):
+        LocalSGD(model, optimizer_of("sgd", model), Constant(Plan(8, 2)))
 
 
 def scaled(world: World) -> list[float]:

@@ -219,6 +219,37 @@ def test_other_world_sizes_resume_exactly_too(tmp_path: Path, size: int) -> None
     assert told(cut) == told(tmp_path / "whole")
 
 
+def noisy_data(root: str, train: bool) -> Any:
+    return Noisy(fake(300 if train else 50, train))
+
+
+class Noisy(torch.utils.data.Dataset[Any]):
+    """Pictures with a random transform of their own, read one by one."""
+
+    classes = 10
+
+    def __init__(self, part: Any) -> None:
+        self.part = part
+
+    def __len__(self) -> int:
+        return len(self.part)
+
+    def __getitem__(self, index: int) -> Any:
+        picture, label = self.part.items[index]
+        return picture.float() / 255 + 0.1 * torch.randn(()), label
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_reading_through_a_loader_resumes_exactly_too(tmp_path: Path, workers: int) -> None:
+    data = {"name": "test_train:noisy_data", "workers": workers}
+    run(2, in_process, settings(tmp_path, "whole", data=data))
+    run(2, in_process, settings(tmp_path, "cut", data=data))
+    first = min((tmp_path / "cut" / "checkpoints").iterdir())
+    run(2, in_process, settings(tmp_path, "cut", data=data, run={"resume": str(first)}))
+    assert torch.equal(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
+    assert told(tmp_path / "cut") == told(tmp_path / "whole")
+
+
 def test_a_checkpoint_is_whole_or_absent(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, 2, World())
     assert checkpoints.find("auto") is None

@@ -193,7 +193,7 @@ class Run:
         self.record(sync.finish())
         with sync.clock.off("eval"):
             transform = Transform.of(self._job.test_part, config.data, sync.world.device, train=False)
-            batches = split_evenly(self._job.test_part, sync.world, config.eval.batch, transform)
+            batches = split_evenly(self._job.test_part, sync.world, config.eval.batch, transform, config.data.workers)
             calibration = self._stream.sample_inputs(config.sync.recalibrate_samples, config.eval.batch)
             with sync.consensus(calibration) as model:
                 result = self._step.evaluate(model, batches, sync.collectives)

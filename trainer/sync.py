@@ -263,8 +263,13 @@ class LocalSGD:
     def _observe(self) -> Round:
         """Compare, average, decide: the same on every rank."""
         headers = self.collectives.gather(self._header())
-        equal = ("round", "step", "batch", "period", "lr_scale")
-        compare(headers, (*equal, "samples") if self.plan.sync_period_steps == 1 else equal)
+        compare(headers, ("round", "step", "batch", "period", "lr_scale"))
+        if self.plan.sync_period_steps == 1 and len({header["samples"] for header in headers}) > 1:
+            warnings.warn(
+                "ranks trained different numbers of samples at period 1, where gradients are averaged with equal "
+                "weights: give every rank batches of one size, or drop the last",
+                stacklevel=3,
+            )
         seen, phase = reduce(headers, self._agreed_samples, self._accuracy), self.controller.phase
         layouts = {header["layout"] for header in headers}
         if self.plan.sync_period_steps > 1:

@@ -37,6 +37,11 @@ class World:
         """The world of the process group that is there, else a world of one, for a replica on `device`."""
         launch = read_launch()
         if not dist.is_initialized():
+            if launch.size > 1:  # else each would train alone and nobody would notice
+                raise ConfigError(
+                    f"{launch.size} ranks were launched, but there is no process group: call "
+                    "torch.distributed.init_process_group() before LocalSGD"
+                )
             return World(device=device)
         rank, size = dist.get_rank(), dist.get_world_size()
         if (launch.rank, launch.size) != (rank, size):  # a group that no launcher's variables describe

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -126,10 +127,11 @@ class _Positioned:
     def __getitem__(self, position: int) -> Any:
         place = int(self.order.places(position, 1)[0])
         mixed = int(np.random.SeedSequence([self.order.seed, 4, self.order.rank, position]).generate_state(1)[0])
-        random.seed(mixed)
-        np.random.seed(mixed)
-        torch.manual_seed(mixed)
-        return self.items[place]
+        with kept_random_state():  # where no process of its own reads, training draws from the same states
+            random.seed(mixed)
+            np.random.seed(mixed % 2**32)
+            torch.default_generator.manual_seed(mixed)
+            return self.items[place]
 
 
 class LoaderReader:
@@ -170,6 +172,7 @@ class LoaderReader:
             num_workers=self._workers,
             prefetch_factor=4 if self._workers else None,
             pin_memory=self._device.type == "cuda",
+            generator=torch.Generator(),  # of its own: a reader that starts anew must not draw from training's
         )
 
     def _put(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -184,13 +187,24 @@ class _Endless(torch.utils.data.Sampler[int]):
         return itertools.count(self.start)
 
 
-def split_evenly(part: DataPart, world: World, batch: int, transform: Transform) -> Iterator[Batch]:
+def split_evenly(
+    part: DataPart, world: World, batch: int, transform: Transform, workers: int = 0
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """This rank's part of a test set, in order: every sample on exactly one rank, none padded, none twice."""
-    mine: Sequence[int] = range(world.rank, len(part), world.size)
-    for start in range(0, len(mine), batch):
-        chosen = list(mine[start : start + batch])
-        if isinstance(part.items, TensorDataset):
-            inputs, labels = (tensor[chosen] for tensor in part.items.tensors)
-        else:
-            inputs, labels = torch.utils.data.default_collate([part.items[index] for index in chosen])
+    mine = part.subset(np.arange(world.rank, len(part), world.size))
+    if isinstance(mine.items, TensorDataset):
+        batches: Iterable[Any] = (mine.items[start : start + batch] for start in range(0, len(mine), batch))
+    else:
+        batches = DataLoader(mine.items, batch, num_workers=workers, generator=torch.Generator())
+    for inputs, labels in batches:
         yield transform(inputs.to(world.device)), labels.to(world.device)
+
+
+@contextmanager
+def kept_random_state() -> Iterator[None]:
+    """Put every host random state back as it was."""
+    host = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        yield
+    random.setstate(host[0])
+    np.random.set_state(host[1])
