@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import signal
@@ -13,10 +12,9 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
+from small_run import RECIPE, assert_same_model, records
 
 ROOT = Path(__file__).resolve().parents[1]
 HOSTS = ROOT / "launch" / "lab" / "hosts.sh"
@@ -34,33 +32,6 @@ STATIC = "--master-addr=host1 --master-port=29400 --node-rank={rank}"
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 WAIT_S = 100.0
 TIMEOUT_S = 5.0
-RECIPE = """
-[run]
-samples = 3_200
-[data]
-name = "fake"
-train_limit = 2_048
-test_limit = 256
-[policy]
-name = "alternating"
-samples_per_phase = 1_500
-[policy.small]
-batch_per_rank = 16
-sync_period_steps = 8
-[policy.large]
-batch_per_rank = 64
-sync_period_steps = 1
-[sync]
-observe_steps = 2
-[eval]
-every_samples = 1_500
-[checkpoint]
-every_samples = 500
-[record]
-progress = false
-tensorboard = false
-reference_s = 0.0
-"""
 # the trainer, after a word about the place that its launcher gave it
 TRAINER = """
 import sys
@@ -199,16 +170,3 @@ def await_record(run: Path, what: str) -> None:
             return
         assert time.monotonic() < end, f"waited {WAIT_S:g} s for {what}"
         time.sleep(0.05)
-
-
-def records(run: Path, kind: str | None = None) -> list[dict[str, Any]]:
-    """The whole lines that the run has written so far, of one kind or all."""
-    path = run / "metrics.jsonl"
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    return [line for line in map(json.loads, lines) if kind in (None, line["kind"])]
-
-
-def assert_same_model(run: Path, other: Path) -> None:
-    ours, theirs = (torch.load(folder / "model.pt", weights_only=True) for folder in (run, other))
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)

@@ -11,39 +11,13 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
+from small_run import RECIPE, assert_same_model, records
 
 ROOT = Path(__file__).resolve().parents[1]
 CLUSTER = ROOT / "launch" / "lab" / "slurm.sh"
 WAIT_S = 120.0
-RECIPE = """
-[run]
-samples = 3_000
-[data]
-name = "fake"
-train_limit = 2_048
-test_limit = 256
-[policy]
-name = "alternating"
-samples_per_phase = 500
-[policy.small]
-batch_per_rank = 16
-sync_period_steps = 8
-[policy.large]
-batch_per_rank = 64
-sync_period_steps = 1
-[sync]
-observe_steps = 2
-[eval]
-every_samples = 1_500
-[record]
-progress = false
-tensorboard = false
-reference_s = 0.0
-"""
 
 Env = dict[str, str]
 
@@ -166,16 +140,3 @@ def wait_until(happened: Callable[[], bool], what: str) -> None:
     while not happened():
         assert time.monotonic() < end, f"waited {WAIT_S:g} s for {what}"
         time.sleep(0.1)
-
-
-def records(run: Path, kind: str) -> list[dict[str, Any]]:
-    """The whole lines of this kind that the run has written so far."""
-    path = run / "metrics.jsonl"
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    return [line for line in map(json.loads, lines) if line["kind"] == kind]
-
-
-def assert_same_model(run: Path, other: Path) -> None:
-    ours, theirs = (torch.load(folder / "model.pt", weights_only=True) for folder in (run, other))
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)

@@ -336,7 +336,7 @@ def test_one_ranks_exception_ends_all_within_seconds_with_its_message(tmp_path: 
     began = time.monotonic()
     codes, said = end(processes, timeout_s=20)
     assert time.monotonic() - began < 10
-    assert codes == [1, 1]
+    assert codes == [1, 1], said
     assert "rank 1: ArithmeticError: the fourth step of rank 1 went wrong" in said
     assert re.search(r"rank 0: .+ failed on rank 0 of 2: a peer went away", said), said
     assert said.count("Traceback") == 1 + said.count("The above exception"), "only the rank that failed tells where"

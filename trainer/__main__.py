@@ -5,9 +5,11 @@ Exit codes: 0 done; 2 bad configuration (one line, no traceback); 1 anything els
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from trainer import recipes
 from trainer.errors import ConfigError, MismatchError, PeerError
@@ -61,5 +63,14 @@ def _place() -> tuple[int, int]:
     return launch.rank, launch.local_rank
 
 
+def leave(code: int) -> NoReturn:
+    """End this process. After a failure its collective's threads may still run, and would abort an orderly exit."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code == 1:
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

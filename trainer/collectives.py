@@ -2,7 +2,7 @@
 
 # Annotations are evaluated in this file: DDP checks those of its communication hook.
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,41 +28,36 @@ class Collectives:
         self.sent_bytes = 0.0
 
     def mean_(self, tensors: Sequence[torch.Tensor], weight: float) -> None:
-        """Replace each tensor by its mean over the ranks, in place; `weight` is this rank's share (they sum to 1).
-
-        Tensors travel in flat buckets of one dtype. All ranks pass the same shapes in the same order.
-        """
-        if self.world.size == 1:
-            return
-        with self.clock.waiting("sync_wait"), self.world.collective("averaging"), torch.no_grad():
-            sent = []
-            for bucket in self._buckets(tensors):
-                flat = self._flat(bucket).mul_(weight)
-                self.sent_bytes += self._ring(flat)
-                sent.append((bucket, flat, dist.all_reduce(flat, async_op=True)))
-            for bucket, flat, work in sent:
-                work.wait()
-                _unflatten(flat, bucket)
+        """Replace each tensor by its mean over the ranks, in place; `weight` is this rank's share (they sum to 1)."""
+        self._exchange("averaging", tensors, lambda flat: dist.all_reduce(flat.mul_(weight), async_op=True))
 
     def max_(self, tensors: Sequence[torch.Tensor]) -> None:
         """Replace each tensor by its elementwise largest over the ranks, in place (integer counters)."""
-        if self.world.size == 1:
-            return
-        with self.clock.waiting("sync_wait"), self.world.collective("comparing counters"):
-            for tensor in tensors:
-                dist.all_reduce(tensor, dist.ReduceOp.MAX)
-                self.sent_bytes += self._ring(tensor)
+        self._exchange(
+            "comparing counters", tensors, lambda flat: dist.all_reduce(flat, dist.ReduceOp.MAX, async_op=True)
+        )
 
     def broadcast_(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Give every rank rank 0's values, in place."""
+        """Give every rank rank 0's values, in place; counted as a ring's share on every rank."""
+        self._exchange("broadcast", tensors, lambda flat: dist.broadcast(flat, src=0, async_op=True))
+
+    def _exchange(self, operation: str, tensors: Sequence[torch.Tensor], send: Callable[[torch.Tensor], Any]) -> None:
+        """Send tensors in flat buckets of one dtype, and take what comes of them, in place.
+
+        All ranks pass the same shapes in the same order. While one bucket is under way the next is packed.
+        """
         if self.world.size == 1:
             return
-        with self.clock.waiting("sync_wait"), self.world.collective("broadcast"), torch.no_grad():
+        with self.clock.waiting("sync_wait"), self.world.collective(operation), torch.no_grad():
+            sent = []
             for bucket in self._buckets(tensors):
                 flat = self._flat(bucket)
-                dist.broadcast(flat, src=0)
-                self.sent_bytes += flat.nbytes if self.world.rank == 0 else 0
-                _unflatten(flat, bucket)
+                self.sent_bytes += self._ring(flat)
+                sent.append((bucket, flat, send(flat)))
+            for bucket, flat, work in sent:
+                work.wait()
+                for tensor, part in zip(bucket, torch.split(flat, [tensor.numel() for tensor in bucket]), strict=True):
+                    tensor.copy_(part.view(tensor.shape))
 
     def gather(self, numbers: Mapping[str, float]) -> list[dict[str, float]]:
         """Every rank's numbers, by rank; exact for whole numbers below 2**53. All ranks pass the same names."""
@@ -131,8 +126,3 @@ class Collectives:
     def _flat(self, bucket: Sequence[torch.Tensor]) -> torch.Tensor:
         """One buffer that NCCL or Gloo can send: also of state that an optimizer keeps on the CPU."""
         return torch.cat([tensor.reshape(-1) for tensor in bucket]).to(self.world.device)
-
-
-def _unflatten(flat: torch.Tensor, bucket: Sequence[torch.Tensor]) -> None:
-    for tensor, part in zip(bucket, torch.split(flat, [tensor.numel() for tensor in bucket]), strict=True):
-        tensor.copy_(part.view(tensor.shape))

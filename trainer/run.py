@@ -119,6 +119,7 @@ class Run:
         self._stream.seek(state["consumed"])
         self._step.scaler.load_state_dict(state["scaler"])
         self._best, self._skipped, self._alone = state["best"], state["skipped"], state["alone"]
+        self._last, self._saved = state["last"], self._sync.local_step
         self._next_eval, self._next_save = state["next_eval"], state["next_save"]
         self._records.event("resumed", local_step=self._sync.local_step, samples=self._sync.samples)
 
@@ -221,6 +222,7 @@ class Run:
                 "scaler": self._step.scaler.state_dict(),
                 "metrics_bytes": self._records.offset,
                 "best": self._best,
+                "last": self._last,
                 "skipped": self._skipped,
                 "alone": self._alone,
                 "next_eval": self._next_eval,
