@@ -119,7 +119,7 @@ def run(suite: Suite, world: World, model: nn.Module, batch: int, period: int) -
         with sync:
             for inputs, targets in sync.batches(stream, samples=2**60):
                 loss, skipped = step(sync, inputs, targets)
-                if sync.step(loss, skipped=skipped) is None:
+                if not sync.step(loss, skipped=skipped):
                     continue
                 seen += 1
                 now = sync.clock.read()

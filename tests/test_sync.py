@@ -165,8 +165,7 @@ def replicas(world: World, policy: Any, settings: SyncConfig, optimizer: str) ->
     seen = []
     with LocalSGD(model, optimizer_of(optimizer, model), policy, settings=settings, world=world) as sync:
         for step in range(24):
-            ended = one_step(sync, step)
-            if ended is not None:
+            for ended in one_step(sync, step):
                 entering = ended.next_phase is not None and sync.plan.sync_period_steps == 1
                 stats = sync.replica.model.norm.running_mean.clone()
                 seen.append((flat(model), state_of(sync.optimizer), stats, entering))
@@ -256,8 +255,8 @@ def non_finite(world: World, period: int) -> list[Any]:
                 x = x * float("nan")
             loss, skipped = step(sync, x, y)
             skips.append(skipped)
-            rounds.append(sync.step(loss, samples=8, skipped=skipped))
-    ended = [(r.seen.skipped_steps, r.skipped_in_a_row, r.seen.train_loss) for r in rounds if r is not None]
+            rounds += sync.step(loss, samples=8, skipped=skipped)
+    ended = [(r.seen.skipped_steps, r.skipped_in_a_row, r.seen.train_loss) for r in rounds]
     return [skips, ended, flat(model)]
 
 

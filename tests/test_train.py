@@ -105,6 +105,7 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 def told(folder: Path) -> list[dict[str, Any]]:
     """The records without times and without what only a resumed run says."""
     times = {"elapsed_s", "compute_s", "sync_wait_s", "input_wait_s", "eval_s", "checkpoint_s", "samples_per_s"}
+    times |= {"transfer_s"}
     own = {"peak_memory_bytes", "name"}
     return [
         {name: value for name, value in line.items() if name not in times | own}
@@ -210,13 +211,38 @@ def whole_lines(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("size", [1, 3])
 def test_other_world_sizes_resume_exactly_too(tmp_path: Path, size: int) -> None:
-    run(size, in_process, settings(tmp_path, "whole"))
-    run(size, in_process, settings(tmp_path, "cut"))
-    cut = tmp_path / "cut"
-    first = min((cut / "checkpoints").iterdir())
-    run(size, in_process, settings(tmp_path, "cut", run={"resume": str(first)}))
-    assert torch.equal(weights(cut), weights(tmp_path / "whole"))
-    assert told(cut) == told(tmp_path / "whole")
+    resume_exactly(tmp_path, size)
+
+
+LATE = {"delay_steps": 4}
+
+
+@pytest.mark.parametrize(
+    "sync",
+    [
+        LATE,
+        LATE | {"wire_format": "int8", "state": "average", "fragments": 2},
+        LATE | {"wire_format": "int4", "outer": "diloco", "state": "reset"},
+        {"wire_format": "bf16", "outer": "fedadam", "gradient_format": "bf16"},
+        {"mixing": 0.5, "batch_norm": "keep", "gradient_format": "powersgd"},
+    ],
+)
+def test_every_way_of_averaging_resumes_exactly_also_in_mid_transfer(tmp_path: Path, sync: dict[str, Any]) -> None:
+    often = {"every_samples": 40, "keep": 100}  # at every local step or two of a small-batch phase
+    for number in (2, 4, 20):
+        resume_exactly(tmp_path / str(number), 2, number, sync=sync, checkpoint=often)
+
+
+def resume_exactly(root: Path, size: int, number: int = 0, **sections: dict[str, Any]) -> None:
+    """Go on from one of a run's checkpoints, and end as the uninterrupted run does."""
+    root.mkdir(exist_ok=True)
+    run(size, in_process, settings(root, "whole", **sections))
+    run(size, in_process, settings(root, "cut", **sections))
+    cut = root / "cut"
+    chosen = sorted((cut / "checkpoints").iterdir())[number]
+    run(size, in_process, settings(root, "cut", run={"resume": str(chosen)}, **sections))
+    assert torch.equal(weights(cut), weights(root / "whole"))
+    assert told(cut) == told(root / "whole")
 
 
 def noisy_data(root: str, train: bool) -> Any:

@@ -30,6 +30,7 @@ class Clock:
     _trained_s: float = 0.0
     _since: float | None = None
     _overlap_from: Any = None
+    _is_waiting: bool = False
     _overlaps: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
 
     def start(self) -> None:
@@ -58,11 +59,16 @@ class Clock:
 
     @contextmanager
     def waiting(self, what: Wait) -> Iterator[None]:
-        """A wait of the training thread; counted while training time runs."""
+        """A wait of the training thread; counted while training time runs, and once where waits are nested."""
+        if self._is_waiting:
+            yield
+            return
+        self._is_waiting = True
         began = self._now() if what == "sync_wait" else time.perf_counter()
         try:
             yield
         finally:
+            self._is_waiting = False
             ended = self._now() if what == "sync_wait" else time.perf_counter()
             if self._since is not None:
                 self.seconds[what] += ended - began

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import Field, dataclass, fields, replace
 from typing import Any, Literal
 
 from trainer.errors import ConfigError, require, require_at_least, require_choices
+from trainer.plan import Plan
 from trainer.policies import Alternating, Policy, policy_name
 
+WireFormat = Literal["float32", "bf16", "int8", "int4"]
+GradientFormat = Literal["float32", "bf16", "powersgd"]
+OuterRule = Literal["none", "slowmo", "diloco", "fedavgm", "fedadam"]
 StatePolicy = Literal["keep", "average", "reset"]
 BatchNormPolicy = Literal["average", "keep", "recalibrate"]
 
@@ -181,13 +186,27 @@ class SyncConfig:
     """Floating-point buffers: average them, keep each rank's own, or recalibrate them before an evaluation."""
     recalibrate_samples: int = 1_024
     """Samples of its shard that each rank recalibrates BatchNorm statistics with."""
-    wire_format: Literal["float32"] = "float32"
-    """Number format of averaged parameters on the network."""
-    delay_steps: Literal[0] = 0
-    """Local steps between sending a replica and taking its average; 0 waits for it."""
-    outer: Literal["none"] = "none"
-    """What is done with the averaged displacement."""
-    bucket_bytes: int = 25 * 2**20
+    wire_format: WireFormat = "float32"
+    """Number format of averaged parameters on the network: float32 (their own type), bf16, int8 or int4. What is lost
+    is kept and sent the next time (error feedback)."""
+    gradient_format: GradientFormat = "float32"
+    """Number format of averaged gradients at period 1: float32 (their own type), bf16, or powersgd (rank 2)."""
+    delay_steps: int | Literal["auto"] = 0
+    """Local steps between sending a replica and taking its average; 0 waits for it. auto measures the transfer, and
+    all ranks take the fewest steps that hide it."""
+    max_delay_steps: int = 8
+    """Most steps that auto chooses."""
+    fragments: int = 1
+    """Parts of the model, averaged in turn within a round."""
+    mixing: float = 1.0
+    """Share of the average that a replica takes; below 1 replicas stay apart between evaluations."""
+    outer: OuterRule = "none"
+    """What is done with the averaged displacement: nothing, or an outer optimizer."""
+    outer_lr: float | None = None
+    """Learning rate of the outer optimizer; without it, the published one."""
+    outer_momentum: float | None = None
+    """Momentum of the outer optimizer (of fedadam: its first decay); without it, the published one."""
+    bucket_bytes: int = 4 * 2**20
     """Bytes of a flat bucket: one collective each."""
     observe_steps: int = 8
     """At period 1, local steps between two observations, so that small messages do not slow every step."""
@@ -196,7 +215,40 @@ class SyncConfig:
 
     def __post_init__(self) -> None:
         require_choices(self)
-        require_at_least(self, 1, "recalibrate_samples", "bucket_bytes", "observe_steps")
+        require_at_least(
+            self, 1, "recalibrate_samples", "bucket_bytes", "observe_steps", "fragments", "max_delay_steps"
+        )
+        steps = self.delay_steps
+        whole = steps == "auto" or (isinstance(steps, int) and steps >= 0)
+        require("delay_steps", steps, whole, "must be 0 or more local steps, or auto")
+        require("mixing", self.mixing, 0 < self.mixing <= 1, "must be above 0 and at most 1")
+        for name, low in (("outer_lr", 0), ("outer_momentum", -1)):
+            value = getattr(self, name)
+            require(name, value, value is None or self.outer != "none", "needs sync.outer")
+            require(name, value, value is None or value > low, f"must be {'above 0' if low == 0 else '0 or more'}")
+        momentum = self.outer_momentum
+        require("outer_momentum", momentum, momentum is None or 0 <= momentum < 1, "must be in 0 .. 1")
+        require("outer", self.outer, self.outer == "none" or self.mixing == 1, "needs sync.mixing = 1")
+
+    def check_plans(self, plans: Sequence[Plan]) -> None:
+        """Refuse what the rounds of these plans cannot hold.
+
+        Raises:
+            ConfigError: names the field and the shortest period above 1.
+        """
+        periods = [plan.sync_period_steps for plan in plans if plan.sync_period_steps > 1]
+        if not periods:
+            said = "averages no parameters at period 1: leave it out, or choose a policy with a longer period"
+            for name, idle in (("wire_format", "float32"), ("outer", "none"), ("delay_steps", 0), ("fragments", 1)):
+                value = getattr(self, name)
+                mend = f"{said}; gradients have sync.gradient_format" if name == "wire_format" else said
+                require(name, value, value == idle, mend)
+            return
+        short = min(periods)
+        for name in ("delay_steps", "fragments"):
+            value = getattr(self, name)
+            fits = value == "auto" or value <= short
+            require(name, value, fits, f"must be at most the policy's shortest period above 1 ({short} steps)")
 
 
 @dataclass(frozen=True)
@@ -255,6 +307,12 @@ class Config:
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     record: RecordConfig = RecordConfig()
+
+    def __post_init__(self) -> None:
+        try:
+            self.sync.check_plans(self.policy.plans())
+        except ConfigError as error:
+            raise ConfigError(f"sync.{error}") from None
 
     def named(self) -> Config:
         """This configuration with the run's name filled in."""

@@ -20,6 +20,11 @@ class Phase:
     plan: Plan
     why: Mapping[str, float]
 
+    @classmethod
+    def restored(cls, state: Mapping[str, Any]) -> Phase:
+        """The Phase whose `asdict` this is."""
+        return cls(state["number"], state["name"], Plan(**state["plan"]), state["why"])
+
 
 class Controller:
     """Asks the policy at round boundaries, counts phases, and scales the learning rate with the batch.
@@ -84,7 +89,6 @@ class Controller:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint."""
         self._memory = dict(state["memory"])
-        phase = state["phase"]
-        self.phase = Phase(phase["number"], phase["name"], Plan(**phase["plan"]), phase["why"])
+        self.phase = Phase.restored(state["phase"])
         self._begun = Observation(**state["begun"])
         self._ramp_from = state["ramp_from"]

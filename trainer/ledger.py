@@ -54,6 +54,7 @@ class Ledger:
             "loss_sum": self._loss_sum.item(),
             "skipped": self.skipped,
             "in_a_row": self.skipped_in_a_row,
+            "steps": self.steps,
             "compute_s": times["compute_s"] - self.compute_from_s,
             "wait_s": times["sync_wait_s"] - self.wait_from_s,
         }
@@ -95,7 +96,7 @@ def compare(headers: Sequence[Header], names: Sequence[str]) -> None:
                 raise MismatchError(f"ranks disagree about their {name}: {sides}")
 
 
-def reduce(headers: Sequence[Header], before: int, accuracy: float) -> Observation:
+def reduce(headers: Sequence[Header], before: int, accuracy: float, divergence: float = math.nan) -> Observation:
     """What all ranks saw together; `before` is the samples trained up to the last observation."""
     total = {name: sum(header[name] for header in headers) for name in headers[0]}
     return Observation(
@@ -105,6 +106,8 @@ def reduce(headers: Sequence[Header], before: int, accuracy: float) -> Observati
         train_loss=total["loss_sum"] / total["loss_samples"] if total["loss_samples"] else math.nan,
         compute_s=total["compute_s"] / len(headers),
         sync_wait_s=total["wait_s"] / len(headers),
+        transfer_s=max(header["transfer_s"] for header in headers),
+        divergence=divergence,
         skipped_steps=int(total["skipped"]),
         test_accuracy=accuracy,
     )

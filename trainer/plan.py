@@ -55,6 +55,10 @@ class Observation:
     """Seconds of compute since the last observation, mean over the ranks."""
     sync_wait_s: float = math.nan
     """Seconds that the training thread waited for the network since the last observation, mean over the ranks."""
+    transfer_s: float = math.nan
+    """Seconds from sending a replica to having its average, the most of any rank, at the averaging before this one."""
+    divergence: float = math.nan
+    """Mean squared distance of the replicas from their mean at the round's end, weighted by samples."""
     skipped_steps: int = 0
     """Local steps skipped for a non-finite loss since the last observation, over all ranks."""
     test_accuracy: float = math.nan

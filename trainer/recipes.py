@@ -141,7 +141,9 @@ def _value(hint: Any, value: Any, path: str) -> Any:
     if is_dataclass(hint):
         return _build(hint, value, f"{path}.")
     if origin in (Union, types.UnionType):
-        return _value(next(arg for arg in args if arg is not type(None)), value, path)
+        kinds = [arg for arg in args if arg is not type(None)]
+        fitting = [kind for kind in kinds if get_origin(kind) is Literal and value in get_args(kind)]
+        return _value((fitting or kinds)[0], value, path)
     if origin is Literal:
         if value not in args or type(value) is not type(args[0]):
             raise ConfigError(f"{path} = {value!r}: choose one of {', '.join(map(str, args))}")

@@ -12,14 +12,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from trainer.collectives import Collectives
-from trainer.config import StatePolicy
 from trainer.errors import ConfigError
+from trainer.flat import FlatTensors
 
 Place = tuple[int, str]  # a parameter's number in the optimizer, and the name of its state
 
 
 class Replica:
-    """A model and its optimizer on this rank, averaged with the other ranks' by flat buckets.
+    """A model and its optimizer on this rank, its parameters and statistics in flat buffers.
 
     Trained parameters are averaged whether or not they have a gradient; frozen ones are the same from the start.
     """
@@ -31,45 +31,37 @@ class Replica:
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if not self.parameters:
             raise ConfigError("model has no trainable parameter: set requires_grad before it is wrapped")
-        buffers = list(model.buffers())
-        self.float_buffers = [buffer for buffer in buffers if buffer.is_floating_point()]
-        self._counters = [buffer for buffer in buffers if not buffer.is_floating_point() and buffer.dtype != torch.bool]
+        self.flat_parameters = FlatTensors(lambda: self.parameters)
+        self.flat_buffers = FlatTensors(lambda: (b for b in model.buffers() if b.is_floating_point()))
 
     def make_one(self) -> None:
         """Give every rank rank 0's model."""
-        tensors = [*self.model.parameters(), *self.model.buffers()]
-        self.collectives.broadcast_([tensor.data for tensor in tensors if tensor.numel()])
+        others = [parameter.data for parameter in self.model.parameters() if not parameter.requires_grad]
+        others += [buffer for buffer in self.model.buffers() if not buffer.is_floating_point()]
+        flat = self.flat_parameters.adopt() + self.flat_buffers.adopt()
+        self.collectives.broadcast_([*flat, *(tensor for tensor in others if tensor.numel())])
 
-    def average(self, weight: float, *, state: StatePolicy, buffers: bool, same_layout: bool = False) -> None:
-        """Average parameters, and buffers and optimizer state as asked; `weight` is this rank's share.
-
-        `same_layout` says that all ranks are known to have one `layout_digest`, which saves them a comparison.
-        """
-        tensors: list[torch.Tensor] = [parameter.data for parameter in self.parameters]
-        if buffers:
-            tensors += self.float_buffers
-        if state == "average":
-            tensors += self._shared_state(same_layout)
-        self.collectives.mean_(tensors, weight)
-        if state == "reset":
-            self.optimizer.state.clear()
-
-    def average_state(self, weight: float) -> None:
+    def average_state(self) -> None:
         """Make the optimizer state the same on every rank."""
-        self.collectives.mean_(self._shared_state(same_layout=False), weight)
+        self.collectives.mean_(self.shared_state(), 1 / self.collectives.size)
 
     def layout_digest(self) -> int:
         """Fingerprint of which optimizer state this rank has."""
         return zlib.crc32(repr(self._layout(self._state())).encode())
 
-    def average_buffers(self, weight: float) -> None:
+    def average_buffers(self) -> None:
         """Make the buffers the same on every rank: means of statistics, the largest of counters."""
-        self.collectives.mean_(self.float_buffers, weight)
-        self.collectives.max_(self._counters)
+        self.collectives.mean_(self.flat_buffers.adopt(), 1 / self.collectives.size)
+        self.collectives.max_([buffer for buffer in self.model.buffers() if _counts(buffer)])
 
     def without_gradient(self) -> bool:
         """Whether the last backward pass left a trained parameter out."""
         return any(parameter.grad is None for parameter in self.parameters)
+
+    def state(self) -> list[torch.Tensor]:
+        """The optimizer's float tensors, in an order that ranks of one `layout_digest` share."""
+        mine = self._state()
+        return [mine[place] for place in sorted(mine)]
 
     def _state(self) -> dict[Place, torch.Tensor]:
         return {
@@ -82,26 +74,29 @@ class Replica:
     def _layout(self, state: dict[Place, torch.Tensor]) -> dict[Place, Any]:
         return {place: (tuple(value.shape), str(value.dtype), value.device.type) for place, value in state.items()}
 
-    def _shared_state(self, same_layout: bool) -> list[torch.Tensor]:
-        """The optimizer's float tensors, the same list on every rank.
+    def shared_state(self) -> list[torch.Tensor]:
+        """The optimizer's float tensors, made the same list on every rank.
 
         A rank that skipped its steps or whose data left a parameter unused may lack what another has; it then joins
         in with zeros, which is what the optimizer would have begun with.
         """
         mine = self._state()
-        if not same_layout:
-            parameters = dict(self._stepped())
-            for theirs in self.collectives.gather_objects(self._layout(mine)):
-                for (index, key), (shape, dtype, device) in theirs.items():
-                    if (index, key) not in mine:
-                        where = "cpu" if device == "cpu" else self.collectives.world.device
-                        zeros = torch.zeros(shape, dtype=getattr(torch, dtype.removeprefix("torch.")), device=where)
-                        self.optimizer.state[parameters[index]][key] = mine[index, key] = zeros
+        parameters = dict(self._stepped())
+        for theirs in self.collectives.gather_objects(self._layout(mine)):
+            for (index, key), (shape, dtype, device) in theirs.items():
+                if (index, key) not in mine:
+                    where = "cpu" if device == "cpu" else self.collectives.world.device
+                    zeros = torch.zeros(shape, dtype=getattr(torch, dtype.removeprefix("torch.")), device=where)
+                    self.optimizer.state[parameters[index]][key] = mine[index, key] = zeros
         return [mine[place] for place in sorted(mine)]
 
     def _stepped(self) -> Iterator[tuple[int, torch.Tensor]]:
         """Parameters with their number in the optimizer's groups."""
         return enumerate(parameter for group in self.optimizer.param_groups for parameter in group["params"])
+
+
+def _counts(buffer: torch.Tensor) -> bool:
+    return not buffer.is_floating_point() and buffer.dtype != torch.bool
 
 
 @torch.no_grad()

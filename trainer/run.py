@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -127,10 +128,13 @@ class Run:
         """The scheduled learning rate of the next step, before the plan's scale."""
         return learning_rate(self._config.optim, self._sync.samples, self._config.run.samples)
 
-    def record(self, ended: Round | None) -> None:
-        """Write down a round that ranks compared, and the phase that begins after it."""
-        if ended is None:
-            return
+    def record(self, rounds: Iterable[Round]) -> None:
+        """Write down rounds that ended."""
+        for ended in rounds:
+            self._record(ended)
+
+    def _record(self, ended: Round) -> None:
+        """Write down one round, and the phase that begins after it."""
         seen, times = ended.seen, self._sync.clock.read()
         self._skipped += seen.skipped_steps
         figures = {
@@ -143,7 +147,9 @@ class Run:
             "train_loss": seen.train_loss,
             **{name: times[name] for name in TIMES},
             "wire_bytes": round(self._sync.collectives.sent_bytes),
-            "divergence": None,
+            "transfer_s": _measured(seen.transfer_s),
+            "delay_steps": ended.delay_steps,
+            "divergence": _measured(seen.divergence),
             "grad_noise_scale": None,
             "skipped_steps": seen.skipped_steps,
         }
@@ -254,6 +260,10 @@ class Run:
             "device": device_name(sync.world.device),
             "versions": versions(),
         }
+
+
+def _measured(figure: float) -> float | None:
+    return figure if math.isfinite(figure) else None
 
 
 @contextmanager

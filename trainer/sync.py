@@ -5,22 +5,24 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from trainer.averaging import AGREED, Averager, Header
 from trainer.clock import Clock
 from trainer.collectives import Collectives
 from trainer.config import SyncConfig
 from trainer.controller import Controller, Phase
 from trainer.data import ShardStream
+from trainer.delay import Delay
 from trainer.ledger import Ledger, compare, reduce
+from trainer.parallel import GradientAverage
 from trainer.plan import Observation, Plan
 from trainer.policies import Policy
 from trainer.replica import Replica, recalibrate
@@ -29,15 +31,28 @@ from trainer.world import World
 
 @dataclass(frozen=True)
 class Round:
-    """What the ranks told one another at a round's end."""
+    """What the ranks told one another about a round, and what came of it."""
 
     seen: Observation
     phase: Phase
     """The phase that this round belonged to."""
     next_phase: Phase | None
-    """The phase that begins after it, where one does."""
+    """The phase that begins now, where one does."""
     skipped_in_a_row: int
-    """The most local steps that any rank has now skipped one after another."""
+    """The most local steps that any rank had skipped one after another."""
+    delay_steps: int
+    """Local steps between sending the replicas and taking their average."""
+
+
+@dataclass(frozen=True)
+class Told:
+    """What ranks have told one another, and the controller has not yet heard."""
+
+    seen: Observation
+    phase: Phase
+    skipped_in_a_row: int
+    delay_steps: int
+    no_gradient: bool
 
 
 class LocalSGD:
@@ -53,6 +68,9 @@ class LocalSGD:
                 optimizer.zero_grad()
                 loss = loss_fn(sync.model(x), y); loss.backward()
                 optimizer.step(); sync.step(loss)
+
+    With `delay_steps` a round's average is exchanged beside the next round's local steps, and what it tells the
+    controller changes the Plan at the next round's end.
 
     Args:
         model: on its device, before any DDP wrapper.
@@ -76,6 +94,7 @@ class LocalSGD:
         clock: Clock | None = None,
         scaler: torch.amp.GradScaler | None = None,
     ) -> None:
+        settings.check_plans(policy.plans())
         device = next(model.parameters()).device
         self.world = world or World.current(device)
         self.clock = clock or Clock(device)
@@ -88,14 +107,20 @@ class LocalSGD:
         self.local_step = 0
         self.rounds = 0
         self.stopping = False
+        self._averager = Averager(self.replica, settings, self.collectives, self.clock)
+        self._parallel = GradientAverage(model, self.collectives, settings.gradient_format)
+        self._delay = Delay(settings)
+        self._ledger = Ledger(device)
         self._stop_asked = False
-        self._agreed_samples = 0  # trained by all ranks up to the last observation
+        self._agreed_samples = 0  # trained by all ranks, as far as they have told one another
+        self._sent_samples = 0  # of this rank, in rounds whose average is under way
+        self._sent_phases: dict[int, Phase] = {}  # of those rounds, by number
+        self._told: list[Told] = []
+        self._are_one = True  # the replicas
         self._round_steps = 0
         self._find_unused = settings.find_unused_parameters
-        self._ledger = Ledger(device)
         self._accuracy = math.nan
         self._batch_samples: int | None = None
-        self._parallel: DistributedDataParallel | None = None
         self._hooks: list[Any] = []
         self._lrs: list[float] = []
 
@@ -107,6 +132,7 @@ class LocalSGD:
             self.optimizer.register_step_post_hook(self._restore_lr),
         ]
         self.replica.make_one()
+        self._averager.open()
         self.rewrap()
         self.clock.start()
         return self
@@ -119,7 +145,8 @@ class LocalSGD:
                 self.finish()
         finally:
             self.clock.stop()
-            self._unwrap()
+            self._averager.close()
+            self._parallel.take_off()
             for hook in self._hooks:
                 hook.remove()
 
@@ -128,7 +155,7 @@ class LocalSGD:
     @property
     def model(self) -> nn.Module:
         """What to call in the forward pass; ask for it at every step, since a new Plan may change it."""
-        return self._parallel or self.replica.model
+        return self._parallel.module
 
     @property
     def plan(self) -> Plan:
@@ -138,7 +165,7 @@ class LocalSGD:
     @property
     def samples(self) -> int:
         """Samples trained so far, over all ranks."""
-        return self._agreed_samples + self._ledger.samples * self.world.size
+        return self._agreed_samples + (self._sent_samples + self._ledger.samples) * self.world.size
 
     @property
     def lr_scale(self) -> float:
@@ -166,7 +193,7 @@ class LocalSGD:
 
     def no_sync(self) -> AbstractContextManager[None]:
         """For all but the last of the micro-batches that make up a local step: gradients stay on this rank."""
-        return self._parallel.no_sync() if self._parallel is not None else nullcontext()
+        return self._parallel.no_sync()
 
     # ---- one local step
 
@@ -176,7 +203,7 @@ class LocalSGD:
         Inside a longer period each rank answers for itself, without a message; at period 1 a gradient is everybody's,
         so one rank's bad loss makes every rank skip.
         """
-        if self._parallel is None:
+        if not self._parallel.on:
             return lambda: math.isfinite(loss.item())
         vote = self.collectives.begin_sum(loss)
 
@@ -186,8 +213,8 @@ class LocalSGD:
 
         return answer
 
-    def step(self, loss: torch.Tensor, samples: int | None = None, *, skipped: bool = False) -> Round | None:
-        """Count one local step; at a round's end average, decide, and enter the next round's Plan.
+    def step(self, loss: torch.Tensor, samples: int | None = None, *, skipped: bool = False) -> list[Round]:
+        """Count one local step; take what is due, and at a round's end average, decide, and enter the next Plan.
 
         Args:
             loss: this step's mean loss on this rank (0-dim).
@@ -195,8 +222,8 @@ class LocalSGD:
             skipped: the optimizer was not stepped; the step counts all the same, on every rank.
 
         Returns:
-            The Round that ended, where ranks compared what they saw: after every averaging, and at period 1 every
-            `observe_steps` steps; else None.
+            The rounds that the controller has now heard of, mostly none: at a round's end the round itself, or with a
+            delay the one before it; at period 1 one every `observe_steps` steps.
         """
         self.clock.overlap_ends()
         count = samples if samples is not None else self._batch_samples
@@ -206,22 +233,34 @@ class LocalSGD:
         self.local_step += 1
         self._round_steps += 1
         self._ledger.count(loss, count, skipped=skipped)
-        if self._round_steps < self.plan.sync_period_steps:
-            return None
-        self._end_round()
-        often = self.plan.sync_period_steps == 1 and self._ledger.steps < self.settings.observe_steps
-        return None if often else self._observe()
+        if self.plan.sync_period_steps == 1:
+            return self._end_gradient_step()
+        self._are_one = False
+        self._land(due=self.local_step)
+        if self._round_steps >= self.plan.sync_period_steps:
+            return self._end_round()
+        for fragment in self._averager.everything:
+            last = fragment == self._averager.everything[-1]
+            if not last and self._round_steps == self._turn(fragment):
+                self._averager.send([fragment], self._header(), self.local_step, self._delay_steps())
+                self._land(due=self.local_step)
+        return []
 
     @property
     def between_rounds(self) -> bool:
-        """Whether the replicas are one model now."""
+        """Whether a round has just ended."""
         return self._round_steps == 0
 
-    def finish(self) -> Round | None:
-        """End the open round early, so that the replicas are one model; the Round, where anything was left to tell."""
-        if not self.between_rounds:
-            self._end_round()
-        return self._observe() if self._ledger.steps else None
+    def finish(self) -> list[Round]:
+        """End the open round early, take what is under way, and make the replicas one model."""
+        if self.plan.sync_period_steps == 1:
+            return self._observe() if self._ledger.steps else []
+        ended = self._end_round() if self._round_steps else []
+        self._make_one()
+        ran = self.plan
+        ended += self._decide()
+        self._enter_plan(ran)
+        return ended
 
     def ask_to_stop(self) -> None:
         """Make all ranks stop at the next observation: `batches` ends on each, and `stopping` is true."""
@@ -229,18 +268,20 @@ class LocalSGD:
 
     @contextmanager
     def consensus(self, calibration: Iterable[torch.Tensor] = ()) -> Iterator[nn.Module]:
-        """The consensus model, in evaluation mode and the same on every rank; ends the open round first.
+        """The consensus model, in evaluation mode and the same on every rank; finishes first.
+
+        Call `finish` before it to have the rounds that end so.
 
         Args:
             calibration: inputs of this rank for `batch_norm = recalibrate`.
         """
         self.finish()
         model = self.replica.model
-        keep = self.replica.float_buffers if self.settings.batch_norm == "keep" else []
+        keep = self.replica.flat_buffers.adopt() if self.settings.batch_norm == "keep" else []
         own = [buffer.clone() for buffer in keep]
         if self.settings.batch_norm == "recalibrate":
             recalibrate(model, calibration)
-        self.replica.average_buffers(1 / self.world.size)
+        self.replica.average_buffers()
         training = model.training
         model.eval()
         try:
@@ -256,57 +297,117 @@ class LocalSGD:
 
     # ---- a round's end
 
-    def _end_round(self) -> None:
+    def _end_gradient_step(self) -> list[Round]:
         self.rounds += 1
         self._round_steps = 0
+        return self._observe() if self._ledger.steps >= self.settings.observe_steps else []
 
-    def _observe(self) -> Round:
-        """Compare, average, decide: the same on every rank."""
+    def _end_round(self) -> list[Round]:
+        self.rounds += 1
+        self._round_steps = 0
+        self._sent_phases[self.rounds] = self.controller.phase
+        header = self._header()
+        self._sent_samples += self._ledger.samples
+        self._ledger.begin(self.clock.read())
+        ran = self.plan
+        heard = self._decide()  # of earlier rounds: the Plan may change now
+        last = self._averager.everything[-1:]
+        self._averager.send(last, header, self.local_step, self._delay_steps(), ends_round=True)
+        self._land(due=self.local_step)
+        heard += self._decide()
+        self._enter_plan(ran)
+        return heard
+
+    def _observe(self) -> list[Round]:
+        """At period 1: compare and decide."""
         headers = self.collectives.gather(self._header())
-        compare(headers, ("round", "step", "batch", "period", "lr_scale"))
-        if self.plan.sync_period_steps == 1 and len({header["samples"] for header in headers}) > 1:
+        compare(headers, AGREED)
+        if len({header["samples"] for header in headers}) > 1:
             warnings.warn(
                 "ranks trained different numbers of samples at period 1, where gradients are averaged with equal "
                 "weights: give every rank batches of one size, or drop the last",
-                stacklevel=3,
+                stacklevel=4,
             )
-        seen, phase = reduce(headers, self._agreed_samples, self._accuracy), self.controller.phase
-        layouts = {header["layout"] for header in headers}
-        if self.plan.sync_period_steps > 1:
-            trained = sum(header["samples"] for header in headers)
-            weight = headers[self.world.rank]["samples"] / trained if trained else 1 / self.world.size
-            buffers = self.settings.batch_norm == "average"
-            self.replica.average(weight, state=self.settings.state, buffers=buffers, same_layout=len(layouts) == 1)
-        changed = self.controller.observe(seen)
-        self._agreed_samples = seen.samples
-        self.stopping = any(header["stop"] for header in headers)
-        if changed:
-            self._find_unused |= any(header["no_gradient"] for header in headers)
-            self._enter_plan()
         self._ledger.begin(self.clock.read())
-        in_a_row = int(max(header["in_a_row"] for header in headers))
-        return Round(seen, phase, self.controller.phase if changed else None, in_a_row)
+        self._tell(headers, self.controller.phase)
+        ran = self.plan
+        ended = self._decide()
+        self._enter_plan(ran)
+        return ended
 
-    def _header(self) -> dict[str, float]:
+    def _land(self, due: float) -> None:
+        """Take every average that is due at this local step."""
+        for transfer in [transfer for transfer in self._averager.flying if transfer.land_at <= due]:
+            arrived = self._averager.land(transfer, self.local_step)
+            self._delay.saw(arrived.transfer_s, arrived.headers)
+            whole = transfer.fragments == tuple(self._averager.everything) and self.settings.mixing == 1
+            self._are_one |= whole and transfer.sent_at == self.local_step
+            if transfer.ends_round:
+                mine = arrived.headers[self.world.rank]
+                self._sent_samples -= int(mine["samples"])
+                phase = self._sent_phases.pop(int(mine["round"]))
+                self._tell(arrived.headers, phase, arrived.divergence, transfer.land_at - transfer.sent_at)
+
+    def _tell(self, headers: list[Header], phase: Phase, divergence: float = math.nan, delay_steps: int = 0) -> None:
+        """Keep what ranks told one another until the controller is asked."""
+        seen = reduce(headers, self._agreed_samples, self._accuracy, divergence)
+        self._agreed_samples = seen.samples
+        self.stopping = self.stopping or any(header["stop"] for header in headers)
+        in_a_row = int(max(header["in_a_row"] for header in headers))
+        no_gradient = any(header["no_gradient"] for header in headers)
+        self._told.append(Told(seen, phase, in_a_row, delay_steps, no_gradient))
+
+    def _decide(self) -> list[Round]:
+        """Ask the controller, between two rounds: the same on every rank."""
+        ended = []
+        for told in self._told:
+            changed = self.controller.observe(told.seen)
+            self._find_unused |= changed and told.no_gradient
+            next_phase = self.controller.phase if changed else None
+            ended.append(Round(told.seen, told.phase, next_phase, told.skipped_in_a_row, told.delay_steps))
+        self._told.clear()
+        return ended
+
+    def _header(self) -> Header:
         return {
             "round": self.rounds,
             "step": self.local_step,
             "batch": self.plan.batch_per_rank,
             "period": self.plan.sync_period_steps,
             "lr_scale": self.plan.lr_scale,
+            "lr": self.optimizer.param_groups[0]["lr"] * self.lr_scale,
             "stop": self._stop_asked,
             "no_gradient": self.replica.without_gradient(),
             "layout": self.replica.layout_digest(),
+            "transfer_s": self._delay.transfer_s,
             **self._ledger.header(self.clock.read()),
         }
 
-    def _enter_plan(self) -> None:
-        """Period 1 needs one optimizer state and one loss scale on all ranks."""
+    def _turn(self, fragment: int) -> int:
+        """Local step of a round at whose end this fragment is sent."""
+        return -(-(fragment + 1) * self.plan.sync_period_steps // self.settings.fragments)
+
+    def _delay_steps(self) -> int:
+        return min(self._delay.steps, self.plan.sync_period_steps)
+
+    def _make_one(self) -> None:
+        """Take what is under way, and where that leaves replicas apart average them once more."""
+        self._land(due=math.inf)
+        if not self._are_one:
+            self._averager.send(self._averager.everything, self._header(), self.local_step, plainly=True)
+            self._averager.land(self._averager.flying[-1], self.local_step, wholly=True)
+            self._are_one = True
+
+    def _enter_plan(self, before: Plan) -> None:
+        """Period 1 needs one model, one optimizer state and one loss scale on all ranks."""
         if self.plan.sync_period_steps > 1:
-            self._unwrap()
-        elif self._parallel is None:
+            if before.sync_period_steps == 1:
+                self._parallel.take_off()
+                self._averager.rebase()
+        elif before.sync_period_steps > 1:
+            self._make_one()
             if self.settings.state == "keep":  # else it was averaged or reset with the parameters
-                self.replica.average_state(1 / self.world.size)
+                self.replica.average_state()
             if self.scaler is not None and self.scaler.is_enabled():
                 scales = self.collectives.gather(self.scaler.state_dict())
                 own = self.scaler.state_dict()  # the scale, and the steps since it last grew: the smallest of each
@@ -314,28 +415,11 @@ class LocalSGD:
             self.rewrap()
 
     def rewrap(self) -> None:
-        """Put DDP round the model while the period is 1, and only then: its buckets are a gradient's worth of memory.
-
-        A fresh wrapper begins with the same buckets wherever it is made, so a run that rewraps at a checkpoint goes on
-        bit for bit as one that is resumed from it.
-        """
-        self._unwrap()
-        if self.plan.sync_period_steps > 1 or self.world.size == 1:
-            return
-        with warnings.catch_warnings():
-            # the name that every torch since 2.10 knows, and the only one that syncs no buffer here
-            warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
-            self._parallel = DistributedDataParallel(
-                self.replica.model,
-                broadcast_buffers=False,
-                gradient_as_bucket_view=True,
-                find_unused_parameters=self._find_unused,
-                init_sync=False,
-            )
-        self._parallel.register_comm_hook(None, self.collectives.gradient_hook)
-
-    def _unwrap(self) -> None:
-        self._parallel = None
+        """Put DDP round the model while the period is 1, and only then."""
+        if self.plan.sync_period_steps > 1:
+            self._parallel.take_off()
+        else:
+            self._parallel.put_on(find_unused=self._find_unused)
 
     # ---- the learning rate follows the batch
 
@@ -363,6 +447,12 @@ class LocalSGD:
             "accuracy": self._accuracy,
             "find_unused": self._find_unused,
             "controller": self.controller.state_dict(),
+            "averager": self._averager.state_dict(),
+            "delay": self._delay.state_dict(),
+            "sent_samples": self._sent_samples,
+            "sent_phases": {number: asdict(phase) for number, phase in self._sent_phases.items()},
+            "told": [asdict(told) for told in self._told],
+            "are_one": self._are_one,
             "sent_bytes": self.collectives.sent_bytes,
             "clock": self.clock.state_dict(),
         }
@@ -374,6 +464,14 @@ class LocalSGD:
         self._ledger.load_state_dict(state["ledger"])
         self._accuracy, self._find_unused = state["accuracy"], state["find_unused"]
         self.controller.load_state_dict(state["controller"])
+        self._averager.load_state_dict(state["averager"])
+        self._delay.load_state_dict(state["delay"])
+        self._sent_samples, self._are_one = state["sent_samples"], state["are_one"]
+        self._sent_phases = {number: Phase.restored(phase) for number, phase in state["sent_phases"].items()}
+        self._told = [
+            Told(**told | {"seen": Observation(**told["seen"]), "phase": Phase.restored(told["phase"])})
+            for told in state["told"]
+        ]
         self.collectives.sent_bytes = state["sent_bytes"]
         self.clock.load_state_dict(state["clock"])
         self.rewrap()

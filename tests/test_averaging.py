@@ -1,0 +1,301 @@
+"""Averages beside training, in parts, in fewer bits and under outer optimizers, against computations by hand."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from ranks import run
+from torch import nn
+from torch.nn import functional as F
+
+from trainer import Alternating, Constant, LocalSGD, Plan, SyncConfig
+from trainer.world import World
+
+FEATURES, CLASSES, LR = 6, 3, 0.1
+Values = torch.Tensor
+
+
+def batch(rank: int, step: int) -> tuple[Values, Values]:
+    draw = torch.Generator().manual_seed(1000 * rank + step)
+    return torch.randn(8, FEATURES, generator=draw), torch.randn(8, CLASSES, generator=draw)
+
+
+def new_model() -> nn.Linear:
+    torch.manual_seed(7)
+    return nn.Linear(FEATURES, CLASSES, bias=False)
+
+
+def train(
+    world: World, settings: SyncConfig, policy: Any, steps: int, finish_every: int = 0, momentum: float = 0.0
+) -> tuple[list[Values], list[Any]]:
+    """The weights after every local step, and the rounds."""
+    model = new_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=momentum)
+    weights, rounds = [], []
+    with LocalSGD(model, optimizer, policy, settings=settings, world=world) as sync:
+        for step in range(steps):
+            x, y = batch(world.rank, step)
+            optimizer.zero_grad()
+            loss = F.mse_loss(sync.model(x), y)
+            loss.backward()
+            optimizer.step()
+            rounds += sync.step(loss, samples=8)
+            if finish_every and (step + 1) % finish_every == 0:
+                rounds += sync.finish()
+            weights.append(model.weight.detach().clone())
+        rounds += sync.finish()
+        weights.append(model.weight.detach().clone())
+    return weights, rounds
+
+
+def one_step(weight: Values, rank: int, step: int) -> Values:
+    x, y = batch(rank, step)
+    weight = weight.clone().requires_grad_()
+    F.mse_loss(x @ weight.T, y).backward()
+    assert weight.grad is not None
+    return (weight - LR * weight.grad).detach()
+
+
+def by_hand(ranks: int, steps: int, period: int, delay: int) -> list[list[Values]]:
+    """Each rank's weights after every step: the mean of the snapshots lands `delay` steps later, as a correction."""
+    replicas = [new_model().weight.detach().clone() for _ in range(ranks)]
+    history: list[list[Values]] = [[] for _ in range(ranks)]
+    flying: tuple[int, list[Values]] | None = None
+    for step in range(1, steps + 1):
+        replicas = [one_step(replica, rank, step - 1) for rank, replica in enumerate(replicas)]
+        if flying is not None and step == flying[0] + delay:
+            mean = sum(flying[1]) / ranks
+            replicas = [now + mean - then for now, then in zip(replicas, flying[1], strict=True)]
+            flying = None
+        if step % period == 0:
+            flying = step, list(replicas)
+        for rank, replica in enumerate(replicas):
+            history[rank].append(replica)
+    return history
+
+
+# ---- delay
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("delay", [1, 2, 4])
+def test_a_delayed_average_is_the_hand_computed_correction(ranks: int, delay: int) -> None:
+    results = run(ranks, train, SyncConfig(delay_steps=delay), Constant(Plan(8, 4)), 11)
+    for rank, ((weights, _), expected) in enumerate(zip(results, by_hand(ranks, 11, 4, delay), strict=True)):
+        for step, (ours, theirs) in enumerate(zip(weights[:11], expected, strict=True)):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6, msg=f"rank {rank}, step {step}")
+        assert torch.equal(weights[-1], results[0][0][-1])
+
+
+@pytest.mark.parametrize("wire_format", ["float32", "bf16", "int8", "int4"])
+def test_a_transfer_taken_at_once_is_a_blocking_average_bit_for_bit(wire_format: Any) -> None:
+    blocking = SyncConfig(wire_format=wire_format)
+    policy = Constant(Plan(8, 4))
+    now = run(2, train, blocking, policy, 10)
+    later = run(2, train, replace(blocking, delay_steps=3), policy, 10, 4)
+    for (ours, _), (theirs, _) in zip(now, later, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_under_delay_replica_less_own_progress_is_one_model() -> None:
+    period, delay = 5, 3
+    results = run(3, train, SyncConfig(delay_steps=delay, wire_format="int8"), Constant(Plan(8, period)), 10)
+    agreed = []
+    for rank, (weights, _) in enumerate(results):
+        snapshot, before = weights[period - 1], weights[period + delay - 2]
+        progress = one_step(before, rank, period + delay - 1) - snapshot
+        agreed.append(weights[period + delay - 1] - progress)
+    for other in agreed[1:]:
+        torch.testing.assert_close(agreed[0], other, rtol=0, atol=1e-6)
+    assert not torch.equal(results[0][0][period + delay - 1], results[1][0][period + delay - 1])
+
+
+def test_a_delayed_round_is_told_at_the_next_rounds_end() -> None:
+    policy = Alternating(small=Plan(8, 4), large=Plan(8, 1), steps_per_phase=8)
+    for weights, rounds in run(2, train, SyncConfig(delay_steps=2, observe_steps=4), policy, 28):
+        local = [ended for ended in rounds if ended.phase.plan.sync_period_steps == 4]
+        assert [ended.delay_steps for ended in local[:2]] == [2, 2]
+        steps = [ended.seen.local_step for ended in rounds]
+        assert steps == sorted(set(steps))
+        assert {ended.phase.name for ended in rounds} == {"small", "large"}
+        assert sum(ended.seen.samples - before.seen.samples for before, ended in itertools.pairwise(rounds)) > 0
+        assert all(torch.isfinite(weight).all() for weight in weights)
+
+
+def test_period_1_begins_from_one_model_whatever_is_under_way() -> None:
+    policy = Alternating(small=Plan(8, 4), large=Plan(8, 1), steps_per_phase=8)
+    settings = SyncConfig(delay_steps=4, wire_format="int8", fragments=2, observe_steps=4)
+    first, second = run(2, train, settings, policy, 24, 0, 0.9)
+    phases = [(ended.phase.plan.sync_period_steps, ended.seen.local_step) for ended in first[1]]
+    end_of_large = max(step for period, step in phases if period == 1)
+    assert torch.equal(first[0][end_of_large - 1], second[0][end_of_large - 1])
+
+
+def test_auto_agrees_on_one_delay_within_its_bound() -> None:
+    results = run(2, train, SyncConfig(delay_steps="auto", max_delay_steps=3), Constant(Plan(8, 6)), 60)
+    delays = [[ended.delay_steps for ended in rounds] for _, rounds in results]
+    assert delays[0] == delays[1]
+    assert delays[0][0] == 0, "the first transfer is measured"
+    assert 1 <= max(delays[0]) <= 3
+
+
+# ---- every combination
+
+
+def test_replicas_are_one_after_finish_in_every_combination() -> None:
+    for ranks in (2, 3):
+        for result in zip(*run(ranks, combinations, timeout_s=240), strict=True):
+            name, weights, state = result[0]
+            for other_name, other, other_state in result[1:]:
+                assert other_name == name
+                assert torch.equal(weights, other), name
+                if "keep" not in name:
+                    assert torch.equal(state, other_state), name
+            assert torch.isfinite(weights).all(), name
+
+
+def combinations(world: World) -> list[tuple[str, Values, Values]]:
+    found = []
+    for wire, delay, fragments, outer, mixing, state in itertools.product(
+        ("float32", "int8"), (0, 2), (1, 3), ("none", "diloco", "slowmo"), (1.0, 0.5), ("keep", "average", "reset")
+    ):
+        if outer != "none" and mixing < 1:
+            continue
+        settings = SyncConfig(
+            wire_format=wire,
+            delay_steps=delay,
+            fragments=fragments,
+            outer=outer,
+            mixing=mixing,
+            state=state,
+        )
+        torch.manual_seed(world.rank)
+        model = nn.Sequential(nn.Linear(FEATURES, 5), nn.BatchNorm1d(5), nn.Linear(5, CLASSES))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        with LocalSGD(model, optimizer, Constant(Plan(8, 4)), settings=settings, world=world) as sync:
+            for step in range(9 + delay):
+                x, y = batch(world.rank, step)
+                optimizer.zero_grad()
+                loss = F.mse_loss(sync.model(x), y)
+                loss.backward()
+                optimizer.step()
+                sync.step(loss, samples=8)
+            with sync.consensus() as consensus:
+                weights = torch.cat([value.detach().reshape(-1) for value in consensus.state_dict().values()])
+            flat = [v.reshape(-1) for s in optimizer.state.values() for v in s.values() if torch.is_tensor(v)]
+            found.append((str(settings), weights, torch.cat(flat) if flat else torch.zeros(0)))
+    return found
+
+
+# ---- outer optimizers
+
+
+@pytest.mark.parametrize("outer", ["slowmo", "diloco", "fedavgm"])
+def test_an_outer_optimizer_of_rate_1_without_momentum_is_plain_averaging(outer: Any) -> None:
+    policy = Constant(Plan(8, 4))
+    plain = run(2, train, SyncConfig(), policy, 8)
+    ours = run(2, train, SyncConfig(outer=outer, outer_lr=1.0, outer_momentum=0.0), policy, 8)
+    torch.testing.assert_close(ours[0][0][-1], plain[0][0][-1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("outer", "delay"), [("slowmo", 0), ("diloco", 0), ("diloco", 4), ("fedavgm", 0), ("fedadam", 0)]
+)
+def test_outer_rules_by_hand(outer: Any, delay: int) -> None:
+    """Two rounds of period 4 by each paper's own equation."""
+    lr, beta = 0.5, 0.8
+    settings = SyncConfig(outer=outer, outer_lr=lr, outer_momentum=beta, delay_steps=delay)
+    weights = run(2, train, settings, Constant(Plan(8, 4)), 8 + delay)[0][0]
+    base = new_model().weight.detach().double()
+    momentum, second = torch.zeros_like(base), torch.full_like(base, 1e-6)
+    replicas = [base.float(), base.float()]
+    for round_ in range(2):
+        if round_ == 0 or delay == 0:
+            for step in range(4 * round_, 4 * round_ + 4):
+                replicas = [one_step(replica, rank, step) for rank, replica in enumerate(replicas)]
+        snapshots = replicas
+        if delay:  # it lands after the next round's four steps
+            for step in range(4 * round_ + 4, 4 * round_ + 8):
+                replicas = [one_step(replica, rank, step) for rank, replica in enumerate(replicas)]
+        delta = base - sum(snapshot.double() for snapshot in snapshots) / 2
+        if outer == "slowmo":
+            momentum = beta * momentum + delta / LR
+            base = base - lr * LR * momentum
+        elif outer == "diloco":
+            momentum = beta * momentum + delta
+            base = base - lr * (delta + beta * momentum)
+        elif outer == "fedavgm":
+            momentum = beta * momentum + delta
+            base = base - lr * momentum
+        else:
+            momentum = beta * momentum + (1 - beta) * delta
+            second = 0.99 * second + 0.01 * delta**2
+            base = base - lr * momentum / (second.sqrt() + 1e-3)
+        replicas = [(now + base - then).float() for now, then in zip(replicas, snapshots, strict=True)]
+        torch.testing.assert_close(weights[4 * round_ + 3 + delay].double(), replicas[0].double(), rtol=1e-4, atol=1e-5)
+
+
+# ---- fragments, mixing, divergence
+
+
+def test_fragments_are_averaged_in_turn() -> None:
+    results = run(2, train, SyncConfig(fragments=2), Constant(Plan(8, 4)), 4)
+    first, second = ([weight.reshape(-1) for weight in weights] for weights, _ in results)
+    half = 32 // 2  # of the flat buffer: 18 weights, and zeros up to 128 bytes
+    assert torch.equal(first[1][:half], second[1][:half])
+    assert not torch.equal(first[1][half:], second[1][half:])
+    assert torch.equal(first[3][half:], second[3][half:])
+    assert not torch.equal(first[3][:half], second[3][:half])
+
+
+def test_mixing_takes_a_share_of_the_average() -> None:
+    (first, _), (second, _) = run(2, train, SyncConfig(mixing=0.25), Constant(Plan(8, 4)), 4)
+    replicas = [new_model().weight.detach() for _ in range(2)]
+    for step in range(4):
+        replicas = [one_step(replica, rank, step) for rank, replica in enumerate(replicas)]
+    mean = sum(replicas) / 2
+    for weights, replica in ((first, replicas[0]), (second, replicas[1])):
+        torch.testing.assert_close(weights[3], replica + 0.25 * (mean - replica), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(weights[4], mean, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("wire_format", ["float32", "int8"])
+@pytest.mark.parametrize("delay", [0, 2])
+def test_divergence_is_the_mean_squared_distance_from_the_mean(wire_format: Any, delay: int) -> None:
+    settings = SyncConfig(wire_format=wire_format, delay_steps=delay)
+    _, rounds = run(3, train, settings, Constant(Plan(8, 4)), 8)[0]
+    replicas = [history[3] for history in by_hand(3, 4, 5, 0)]
+    mean = sum(replicas) / 3
+    expected = sum((replica - mean).square().sum() for replica in replicas) / 3
+    assert rounds[0].seen.divergence == pytest.approx(expected.item(), rel=0.05 if wire_format == "int8" else 1e-4)
+    assert math.isnan(rounds[0].seen.transfer_s)
+    assert rounds[1].seen.transfer_s > 0
+
+
+# ---- what cannot hold
+
+
+@pytest.mark.parametrize(
+    ("fields", "plan", "said"),
+    [
+        ({"delay_steps": 5}, Plan(8, 4), r"delay_steps = 5: must be at most the policy's shortest period above 1 \(4"),
+        ({"fragments": 5}, Plan(8, 4), "fragments = 5: must be at most"),
+        ({"fragments": 2}, Plan(8, 1), "fragments = 2: averages no parameters at period 1"),
+        ({"wire_format": "int4"}, Plan(8, 1), "wire_format = 'int4': .* gradients have sync.gradient_format"),
+        ({"wire_format": "int3"}, Plan(8, 4), "wire_format = 'int3': choose one of float32, bf16, int8, int4"),
+        ({"gradient_format": "int4"}, Plan(8, 1), "gradient_format = 'int4': choose one of float32, bf16, powersgd"),
+        ({"delay_steps": -1}, Plan(8, 4), "delay_steps = -1: must be 0 or more local steps, or auto"),
+        ({"outer_lr": 0.5}, Plan(8, 4), "outer_lr = 0.5: needs sync.outer"),
+        ({"outer": "diloco", "mixing": 0.5}, Plan(8, 4), "outer = 'diloco': needs sync.mixing = 1"),
+    ],
+)
+def test_what_cannot_hold_is_refused_in_one_line(fields: Any, plan: Plan, said: str) -> None:
+    model = new_model()
+    with pytest.raises(ValueError, match=said) as refused:
+        LocalSGD(model, torch.optim.SGD(model.parameters(), lr=LR), Constant(plan), settings=SyncConfig(**fields))
+    assert "\n" not in str(refused.value)

@@ -1,0 +1,273 @@
+"""Averaging the replicas: a snapshot is exchanged, at once or beside training, and each replica takes the result."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from trainer.background import Background
+from trainer.clock import Clock
+from trainer.collectives import Collectives
+from trainer.config import SyncConfig
+from trainer.ledger import compare
+from trainer.part import Part
+from trainer.replica import Replica
+
+Header = dict[str, float]
+AGREED = ("round", "step", "batch", "period", "lr_scale")
+
+
+@dataclass(frozen=True)
+class Arrived:
+    """What a transfer brought besides the averages."""
+
+    headers: list[Header]
+    """Every rank's, by rank."""
+    divergence: float
+    """Mean squared distance of the replicas from their mean, weighted by samples; of the parts that were sent."""
+    transfer_s: float
+    """From sending to having the average, on this rank, peers' lateness included."""
+    sent_bytes: float
+
+
+class Pending(Protocol):
+    """A transfer's result."""
+
+    def result(self) -> Arrived:
+        """Wait for it."""
+
+
+@dataclass(frozen=True)
+class Done:
+    """A result that is there."""
+
+    arrived: Arrived
+
+    def result(self) -> Arrived:
+        """At once."""
+        return self.arrived
+
+
+Pairs = list[tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass
+class Carried:
+    """What goes along with a round's parameters: each live tensor, and the copy that is averaged (or itself)."""
+
+    with_state: bool = False
+    buffers: Pairs = field(default_factory=list)
+    state: Pairs = field(default_factory=list)
+
+    @property
+    def pairs(self) -> Pairs:
+        """Buffers, then optimizer state."""
+        return self.buffers + self.state
+
+    def leave_state(self) -> None:
+        """Ranks have different state, which cannot be made alike beside training: this time each keeps its own."""
+        self.state = []
+
+    def replace(self, buffers: list[torch.Tensor], state: list[torch.Tensor]) -> None:
+        """Copies of a checkpoint."""
+        for pairs, copies in ((self.buffers, buffers), (self.state, state)):
+            pairs[:] = [(live, copy.to(live.device)) for (live, _), copy in zip(pairs, copies, strict=False)]
+
+
+@dataclass
+class Transfer:
+    """An averaging under way."""
+
+    fragments: tuple[int, ...]
+    delayed: bool
+    """Local steps may go on beside it."""
+    ends_round: bool
+    """It carries buffers and optimizer state, and what the policy is told."""
+    sent_at: int
+    """Local step of the snapshot."""
+    land_at: int
+    """Local step at which every replica takes the average."""
+    pending: Pending
+    carried: Carried
+
+
+class Averager:
+    """Sends and lands averages of one replica, in order; those with a delay beside training, in a group of their own.
+
+    Args:
+        replica: whose parameters, buffers and optimizer state are averaged.
+        settings: how.
+        collectives: of all ranks, used by this thread.
+        clock: where this thread's waits are counted.
+    """
+
+    def __init__(self, replica: Replica, settings: SyncConfig, collectives: Collectives, clock: Clock) -> None:
+        self._replica, self._settings, self._via, self._clock = replica, settings, collectives, clock
+        self._fragments: list[list[Part]] = []
+        self._background: Background | None = None
+        self._beside = collectives
+        self.flying: list[Transfer] = []
+
+    def open(self) -> None:
+        """Begin from replicas that are one; every rank calls it."""
+        world, settings = self._via.world, self._settings
+        count = settings.fragments
+        for number in range(count):
+            pieces = [
+                flat[len(flat) * number // count : len(flat) * (number + 1) // count]
+                for flat in self._replica.flat_parameters.adopt()
+            ]
+            self._fragments.append([Part(piece, settings, world.size) for piece in pieces if len(piece)])
+        if settings.delay_steps != 0 and world.size > 1:
+            self._background = Background(world.device)
+            self._beside = Collectives(world, None, settings.bucket_bytes, dist.new_group())  # type: ignore[arg-type]  # -100: not a member
+
+    def close(self) -> None:
+        """Let the thread end."""
+        if self._background is not None:
+            self._background.close()
+
+    @property
+    def everything(self) -> range:
+        """All fragments."""
+        return range(len(self._fragments))
+
+    def rebase(self) -> None:
+        """The replicas were made one by other means."""
+        self._replica.flat_parameters.adopt()
+        for part in self._parts(self.everything):
+            part.rebase()
+
+    def send(
+        self,
+        fragments: Sequence[int],
+        header: Header,
+        local_step: int,
+        delay_steps: int = 0,
+        *,
+        ends_round: bool = False,
+        plainly: bool = False,
+    ) -> Transfer:
+        """Start averaging these fragments; with a delay above zero training may go on.
+
+        Args:
+            fragments: their numbers.
+            header: this rank's numbers for the others.
+            local_step: now.
+            delay_steps: local steps after which the average is to be taken.
+            ends_round: buffers and optimizer state go along, as the settings say.
+            plainly: pass the outer optimizer by.
+        """
+        self._replica.flat_parameters.adopt()
+        for transfer in [flying for flying in self.flying if set(flying.fragments) & set(fragments)]:
+            self.land(transfer, local_step)
+        delayed = delay_steps > 0 and self._background is not None
+        parts = self._parts(fragments)
+        carried = self._carry(delayed) if ends_round else Carried()
+        if delayed:
+            for part in parts:
+                part.snapshot()
+        began = time.perf_counter()
+
+        def work() -> Arrived:
+            return self._exchange(parts, header, carried, began, delayed=delayed, plainly=plainly)
+
+        pending: Pending = self._background.submit(work) if delayed and self._background else Done(work())
+        due = local_step + delay_steps
+        transfer = Transfer(tuple(fragments), delayed, ends_round, local_step, due, pending, carried)
+        self.flying.append(transfer)
+        return transfer
+
+    def _exchange(
+        self, parts: Sequence[Part], header: Header, carried: Carried, began: float, *, delayed: bool, plainly: bool
+    ) -> Arrived:
+        via = self._beside if delayed else self._via
+        before = via.sent_bytes
+        with nullcontext() if delayed else self._clock.waiting("sync_wait"), torch.no_grad():
+            norm = sum(part.pack(delayed=delayed) for part in parts)
+            headers = via.gather(header | {"norm": norm})
+            compare(headers, AGREED)
+            trained = sum(rank["samples"] for rank in headers)
+            weights = [rank["samples"] / trained if trained else 1 / via.size for rank in headers]
+            lr = sum(rank["lr"] for rank in headers) / via.size
+            mean = sum(part.exchange(weights, lr, via, delayed=delayed, plainly=plainly) for part in parts)
+            one_layout = len({rank["layout"] for rank in headers}) == 1
+            if delayed and not one_layout:
+                carried.leave_state()
+            elif carried.with_state and not one_layout:
+                carried.state = [(tensor, tensor) for tensor in self._replica.shared_state()]
+            via.mean_([copy for _, copy in carried.pairs], weights[via.rank])
+        divergence = sum(w * rank["norm"] for w, rank in zip(weights, headers, strict=True)) - mean
+        return Arrived(headers, max(divergence, 0.0), time.perf_counter() - began, via.sent_bytes - before)
+
+    def _carry(self, delayed: bool) -> Carried:
+        """Buffers and optimizer state as they are now, as far as the settings say that they are averaged."""
+        settings, replica = self._settings, self._replica
+        carried = Carried(with_state=settings.state == "average")
+        for pairs, tensors in (
+            (carried.buffers, replica.flat_buffers.adopt() if settings.batch_norm == "average" else []),
+            (carried.state, replica.state() if carried.with_state else []),
+        ):
+            pairs += [(tensor, tensor.clone() if delayed else tensor) for tensor in tensors]
+        return carried
+
+    @torch.no_grad()
+    def land(self, transfer: Transfer, local_step: int, *, wholly: bool = False) -> Arrived:
+        """Wait for a transfer and take its average; `wholly` whatever `mixing` says."""
+        with self._clock.waiting("sync_wait"):
+            arrived = transfer.pending.result()
+        self.flying.remove(transfer)
+        self._replica.flat_parameters.adopt()
+        for part in self._parts(transfer.fragments):
+            part.land(delayed=transfer.delayed, progressed=local_step > transfer.sent_at, wholly=wholly)
+        # the average itself: a correction could make a variance negative
+        for live, copy in transfer.carried.pairs:
+            if live is not copy:
+                live.copy_(copy)
+        if transfer.ends_round and self._settings.state == "reset":
+            self._replica.optimizer.state.clear()
+        if transfer.delayed:
+            self._via.sent_bytes += arrived.sent_bytes
+        return arrived
+
+    def _parts(self, fragments: Sequence[int]) -> list[Part]:
+        return [part for fragment in fragments for part in self._fragments[fragment]]
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint; waits for what is under way, and does not take it."""
+        for transfer in self.flying:
+            transfer.pending.result()  # it changes the parts until it is there
+        return {
+            "parts": [part.state_dict() for part in self._parts(self.everything)],
+            "flying": [
+                {
+                    "fragments": transfer.fragments,
+                    "delayed": transfer.delayed,
+                    "ends_round": transfer.ends_round,
+                    "sent_at": transfer.sent_at,
+                    "land_at": transfer.land_at,
+                    "arrived": asdict(transfer.pending.result()),
+                    "buffers": [copy for _, copy in transfer.carried.buffers],
+                    "state": [copy for _, copy in transfer.carried.state],
+                }
+                for transfer in self.flying
+            ],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint, once model and optimizer are loaded."""
+        self._replica.flat_parameters.adopt()
+        for part, saved in zip(self._parts(self.everything), state["parts"], strict=True):
+            part.load_state_dict(saved)
+        self.flying = []
+        for saved in state["flying"]:
+            carried = self._carry(delayed=True)
+            carried.replace(saved.pop("buffers"), saved.pop("state"))
+            pending = Done(Arrived(**saved.pop("arrived")))
+            self.flying.append(Transfer(**saved, pending=pending, carried=carried))

@@ -1,0 +1,49 @@
+"""How many local steps an average may take: fixed, or as many as hide the transfer."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from trainer.config import SyncConfig
+
+REMEMBERED = 5  # transfers: one slow one changes nothing
+
+
+class Delay:
+    """The delay of the next transfer. Every rank computes it from what all ranks told, so it is one on all."""
+
+    def __init__(self, settings: SyncConfig) -> None:
+        self._fixed = None if settings.delay_steps == "auto" else settings.delay_steps
+        self._most = settings.max_delay_steps
+        self._needed: list[float] = []
+        self.transfer_s = math.nan
+        """This rank's latest transfer."""
+
+    @property
+    def steps(self) -> int:
+        """Local steps; `auto` waits for its first transfers, to measure them."""
+        if self._fixed is not None:
+            return self._fixed
+        if not self._needed:
+            return 0
+        return min(math.ceil(statistics.median(self._needed)), self._most)
+
+    def saw(self, transfer_s: float, headers: Sequence[Mapping[str, float]]) -> None:
+        """Note this rank's transfer, and what all ranks told of the one before."""
+        self.transfer_s = transfer_s
+        slowest = max(header["transfer_s"] for header in headers)
+        steps = sum(header["steps"] for header in headers)
+        compute_s = sum(header["compute_s"] for header in headers)
+        if steps and compute_s > 0 and math.isfinite(slowest):
+            self._needed = [*self._needed, slowest / (compute_s / steps)][-REMEMBERED:]
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {"needed": self._needed, "transfer_s": self.transfer_s}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self._needed, self.transfer_s = list(state["needed"]), state["transfer_s"]

@@ -1,0 +1,200 @@
+"""The mean of a flat tensor over the ranks, chunk by chunk, in one wire format."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+from trainer.collectives import Collectives
+from trainer.wire import BLOCK, FORMATS, Cast, Format
+
+A = TypeVar("A")
+B = TypeVar("B")
+C = TypeVar("C")
+D = TypeVar("D")
+HALVES = (torch.float16, torch.bfloat16)
+
+
+class Exchange(Protocol):
+    """Averages tensors of one length, over and over."""
+
+    lossy: bool
+    """What the wire format loses stays in the values, for the next time (error feedback)."""
+
+    def means(
+        self, values: torch.Tensor, weights: Sequence[float], via: Collectives
+    ) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Each chunk's place and its mean over the ranks, the same bits on every rank.
+
+        `values` (1-d, the rank's own) is consumed: it becomes the mean, or what was lost, or stays. `weights` are all
+        ranks' shares (they sum to 1). The caller takes every chunk, and a mean before it asks for the next.
+        """
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """What is lost and not yet made good, besides what stays in the values."""
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Go on from a checkpoint."""
+
+    def forget(self) -> None:
+        """Nothing is owed any more."""
+
+
+class WholeExchange:
+    """One all-reduce a chunk, in the values' own type and place."""
+
+    lossy = False
+
+    def __init__(self, chunk_values: int) -> None:
+        self._chunk = chunk_values
+
+    def means(
+        self, values: torch.Tensor, weights: Sequence[float], via: Collectives
+    ) -> Iterator[tuple[slice, torch.Tensor]]:
+        """`values` becomes the mean."""
+        sent = []
+        for chunk in _chunks(len(values), self._chunk):
+            part = values[chunk].mul_(weights[via.rank])
+            sent.append((chunk, part, via.begin_sum_(part)))
+        for chunk, part, work in sent:
+            via.wait(work)
+            yield chunk, part
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Nothing is lost."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Nothing to go on from."""
+
+    def forget(self) -> None:
+        """Nothing is owed."""
+
+
+class CodedExchange:
+    """Encoded parts go to the rank that sums them in float32 or more, and its encoded mean goes back to all.
+
+    A rank sends 2 (N - 1) / N of the encoded values, as in a ring, and every value is rounded twice however many ranks
+    there are. With feedback what each rounding lost is kept by the rank that did it and added the next time.
+    """
+
+    def __init__(self, count: int, ranks: int, chunk_values: int, format: Format, *, feedback: bool) -> None:
+        self.lossy = feedback
+        self._format, self._ranks = format, ranks
+        self._chunk = max(1, chunk_values // (ranks * BLOCK)) * ranks * BLOCK
+        self._count = count
+        self._owed: torch.Tensor | None = None
+
+    def means(
+        self, values: torch.Tensor, weights: Sequence[float], via: Collectives
+    ) -> Iterator[tuple[slice, torch.Tensor]]:
+        """`values` becomes what was lost, where there is feedback; else it stays."""
+        work_type = torch.promote_types(values.dtype, torch.float32)
+        if self.lossy and self._owed is None:
+            self._owed = values.new_zeros(self._owner_values(self._count), dtype=work_type)
+
+        def scatter(chunk: slice) -> tuple[slice, torch.Tensor, Any]:
+            rows = self._rows(values[chunk], work_type)
+            coded = self._encode(rows)
+            if self.lossy:
+                kept = torch.empty_like(rows)
+                self._format.decode(coded, kept)
+                values[chunk] = rows.sub_(kept).view(-1)[: chunk.stop - chunk.start]
+            received = torch.empty_like(coded)
+            return chunk, received, via.begin_all_to_all(received, coded)
+
+        def reduce(begun: tuple[slice, torch.Tensor, Any]) -> tuple[slice, torch.Tensor, Any]:
+            chunk, received, work = begun
+            via.wait(work)
+            shares = self._decode(received, work_type)
+            mean = torch.as_tensor(weights, dtype=work_type, device=values.device) @ shares
+            if self._owed is not None:
+                mine = slice(self._owner_values(chunk.start), self._owner_values(chunk.start) + len(mean))
+                mean += self._owed[mine]
+            coded = self._encode(mean.unsqueeze(0))
+            if self._owed is not None:
+                kept = torch.empty_like(mean)
+                self._format.decode(coded, kept.unsqueeze(0))
+                self._owed[mine] = mean.sub_(kept)
+            gathered = received.new_empty(received.shape)
+            return chunk, gathered, via.begin_all_gather(gathered, coded)
+
+        def finish(begun: tuple[slice, torch.Tensor, Any]) -> tuple[slice, torch.Tensor]:
+            chunk, gathered, work = begun
+            via.wait(work)
+            return chunk, self._decode(gathered, work_type).view(-1)[: chunk.stop - chunk.start]
+
+        return pipeline(_chunks(len(values), self._chunk), scatter, reduce, finish)
+
+    def _rows(self, part: torch.Tensor, work_type: torch.dtype) -> torch.Tensor:
+        """A row for each rank that sums; the last chunk's end is zero."""
+        columns = -(-len(part) // (self._ranks * BLOCK)) * BLOCK
+        rows = part.new_zeros(self._ranks * columns, dtype=work_type)
+        rows[: len(part)] = part
+        return rows.view(self._ranks, columns)
+
+    def _owner_values(self, count: int) -> int:
+        """Values that one rank sums of `count`."""
+        return -(-count // (self._ranks * BLOCK)) * BLOCK
+
+    def _encode(self, rows: torch.Tensor) -> torch.Tensor:
+        coded = torch.empty(len(rows), self._format.row_bytes(rows.shape[1]), dtype=torch.uint8, device=rows.device)
+        self._format.encode(rows, coded)
+        return coded
+
+    def _decode(self, coded: torch.Tensor, work_type: torch.dtype) -> torch.Tensor:
+        columns = BLOCK * (coded.shape[1] // self._format.row_bytes(BLOCK))
+        values = torch.empty(len(coded), columns, dtype=work_type, device=coded.device)
+        self._format.decode(coded, values)
+        return values
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """What this rank's means lost."""
+        return {} if self._owed is None else {"owed": self._owed}
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Go on from a checkpoint."""
+        self._owed = state.get("owed")
+
+    def forget(self) -> None:
+        """Nothing is owed any more."""
+        self._owed = None
+
+
+def make_exchange(wire_format: str, dtype: torch.dtype, count: int, ranks: int, bucket_bytes: int) -> Exchange:
+    """The exchange of `count` values of `dtype`.
+
+    float32 sends values in their own type; halves are summed in float32 all the same, since a backend's own sum would
+    round at every hop.
+    """
+    chunk_values = max(1, bucket_bytes // 4)
+    if wire_format != "float32":
+        return CodedExchange(count, ranks, chunk_values, FORMATS[wire_format], feedback=True)
+    if dtype in HALVES:
+        return CodedExchange(count, ranks, chunk_values, Cast(dtype), feedback=False)
+    return WholeExchange(chunk_values)
+
+
+def pipeline(
+    items: Iterable[A], first: Callable[[A], B], second: Callable[[B], C], third: Callable[[C], D]
+) -> Iterator[D]:
+    """Three stages over items, each stage begun for the next item while the one before is under way, in one order."""
+    begun: deque[B] = deque()
+    reduced: deque[C] = deque()
+    for item in items:
+        begun.append(first(item))
+        if len(begun) > 1:
+            reduced.append(second(begun.popleft()))
+        if len(reduced) > 1:
+            yield third(reduced.popleft())
+    while begun:
+        reduced.append(second(begun.popleft()))
+    while reduced:
+        yield third(reduced.popleft())
+
+
+def _chunks(count: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, count)) for start in range(0, count, size))

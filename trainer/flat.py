@@ -1,0 +1,85 @@
+"""Tensors of a model as views into a few flat buffers, so that an average is a few large collectives in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from itertools import pairwise
+
+import torch
+
+from trainer.errors import ConfigError
+
+ALIGNMENT_BYTES = 128
+Kind = tuple[torch.dtype, torch.device]
+
+
+class FlatTensors:
+    """The non-empty tensors that `read()` lists, held in one 1-d buffer a dtype and device.
+
+    A tensor keeps its shape and strides (channels_last too) and its identity, so an optimizer goes on with it. The
+    space between two tensors is zero.
+
+    Raises:
+        ConfigError: two different tensors share memory.
+    """
+
+    def __init__(self, read: Callable[[], Iterable[torch.Tensor]]) -> None:
+        self._read = read
+        tensors = self._tensors()
+        _refuse_overlap(tensors)
+        self._described = [_describe(tensor) for tensor in tensors]
+        ends: dict[Kind, int] = {}
+        starts = []
+        for tensor in tensors:
+            kind = (tensor.dtype, tensor.device)
+            starts.append(ends.get(kind, 0))
+            step = ALIGNMENT_BYTES // tensor.element_size()
+            ends[kind] = -(-(starts[-1] + tensor.numel()) // step) * step
+        self._flat = {
+            (dtype, device): torch.zeros(end, dtype=dtype, device=device) for (dtype, device), end in ends.items()
+        }
+        self._views = []
+        for tensor, start in zip(tensors, starts, strict=True):
+            strides = torch.empty_like(tensor, device="meta").stride()  # dense, in the tensor's own order
+            flat = self._flat[tensor.dtype, tensor.device]
+            self._views.append(flat.as_strided(tensor.shape, strides, start))
+        self.adopt()
+
+    @property
+    def buffers(self) -> list[torch.Tensor]:
+        """The flat buffers, one a dtype and device, in an order that is the same on every rank."""
+        return list(self._flat.values())
+
+    @torch.no_grad()
+    def adopt(self) -> list[torch.Tensor]:
+        """The flat buffers, once every tensor is in its place: also one that its module has replaced or moved.
+
+        Raises:
+            RuntimeError: the model's tensors are no longer of the shapes and types that they were.
+        """
+        tensors = self._tensors()
+        if [_describe(tensor) for tensor in tensors] != self._described:
+            raise RuntimeError("the model's tensors changed in number, shape, type or device inside LocalSGD")
+        for tensor, view in zip(tensors, self._views, strict=True):
+            if tensor.data_ptr() != view.data_ptr():
+                view.copy_(tensor)
+                tensor.data = view
+        return self.buffers
+
+    def _tensors(self) -> list[torch.Tensor]:
+        return [tensor for tensor in self._read() if tensor.numel()]
+
+
+def _describe(tensor: torch.Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
+    return tensor.shape, tensor.dtype, tensor.device
+
+
+def _refuse_overlap(tensors: list[torch.Tensor]) -> None:
+    spans = []
+    for tensor in tensors:
+        last = sum((size - 1) * abs(stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        spans.append((str(tensor.device), tensor.data_ptr(), tensor.data_ptr() + last * tensor.element_size()))
+    spans.sort()
+    for (device, _, end), (next_device, begin, _) in pairwise(spans):
+        if device == next_device and begin <= end:
+            raise ConfigError("model has two parameters or buffers that share memory: tie them as one Parameter")

@@ -1,0 +1,108 @@
+"""Period 1: gradients averaged during the backward pass, by DDP with a communication hook."""
+
+# Annotations are evaluated in this file: DDP checks those of its communication hook.
+
+import warnings
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed import GradBucket  # type: ignore[attr-defined]  # compiled, and not listed
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
+from torch.nn.parallel import DistributedDataParallel
+
+from trainer.collectives import Collectives
+from trainer.config import GradientFormat
+
+POWERSGD_RANK = 2
+POWERSGD_FROM_STEP = 10  # DDP's buckets change after its first step, and early gradients compress badly
+
+
+class GradientAverage:
+    """DDP round a model, put on and taken off: its buckets are a gradient's worth of memory."""
+
+    def __init__(self, model: nn.Module, collectives: Collectives, gradient_format: GradientFormat) -> None:
+        self.model = model
+        self.collectives = collectives
+        self.gradient_format = gradient_format
+        self._parallel: DistributedDataParallel | None = None
+        self._powersgd: PowerSGDState | None = None
+
+    @property
+    def on(self) -> bool:
+        """Whether gradients are averaged now."""
+        return self._parallel is not None
+
+    @property
+    def module(self) -> nn.Module:
+        """What to call in the forward pass."""
+        return self._parallel or self.model
+
+    def put_on(self, *, find_unused: bool) -> None:
+        """Wrap the model afresh.
+
+        A fresh wrapper begins with the same buckets, and a compressor with no memory, wherever it is made; so a run
+        that rewraps at a checkpoint goes on bit for bit as one that is resumed from it.
+        """
+        self.take_off()
+        if self.collectives.size == 1:
+            return
+        with warnings.catch_warnings():
+            # the name that every torch since 2.10 knows, and the only one that syncs no buffer here
+            warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
+            self._parallel = DistributedDataParallel(
+                self.model,
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+                find_unused_parameters=find_unused,
+                init_sync=False,
+            )
+        if self.gradient_format == "powersgd":
+            self._powersgd = PowerSGDState(
+                self.collectives.group,
+                matrix_approximation_rank=POWERSGD_RANK,
+                start_powerSGD_iter=POWERSGD_FROM_STEP,
+                orthogonalization_epsilon=1e-8,
+            )
+        self._parallel.register_comm_hook(None, self._hook)
+
+    def take_off(self) -> None:
+        """Unwrap the model."""
+        self._parallel = self._powersgd = None
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Gradients stay on this rank."""
+        return self._parallel.no_sync() if self._parallel is not None else nullcontext()
+
+    def _hook(self, _: object, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
+        """The average of a bucket, with its bytes counted and the end of the compute noted."""
+        via = self.collectives
+        if bucket.is_last():
+            via.begin_overlap()
+        with via.world.collective("averaging gradients"):
+            if self.gradient_format == "bf16":
+                via.count_ring(bucket.buffer().numel() * 2)
+                future = bf16_compress_hook(via.group, bucket)  # type: ignore[arg-type]  # None is all ranks there too
+            elif self._powersgd is not None:
+                before = self._powersgd.total_numel_after_compression
+                compressed = self._powersgd.iter >= POWERSGD_FROM_STEP
+                future = powerSGD_hook(self._powersgd, bucket)
+                sent = self._powersgd.total_numel_after_compression - before if compressed else bucket.buffer().numel()
+                via.count_ring(sent * bucket.buffer().element_size())
+            else:
+                via.count_ring(bucket.buffer().nbytes)
+                buffer = bucket.buffer().div_(via.size)
+                future = dist.all_reduce(buffer, group=via.group, async_op=True).get_future().then(_first)
+        return future.then(self._checked)
+
+    def _checked(self, averaged: torch.futures.Future[torch.Tensor]) -> torch.Tensor:
+        with self.collectives.world.collective("averaging gradients"):
+            return averaged.value()
+
+
+def _first(reduced: torch.futures.Future[Any]) -> torch.Tensor:
+    value: torch.Tensor = reduced.value()[0]
+    return value

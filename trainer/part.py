@@ -1,0 +1,143 @@
+"""A piece of the replica: what it sends at an averaging, and what it takes from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from trainer.collectives import Collectives
+from trainer.config import SyncConfig
+from trainer.exchange import Exchange, make_exchange
+from trainer.outer import Outer
+
+
+class Part:
+    """A contiguous piece of the parameters, averaged by itself.
+
+    Where the wire format loses something, an outer optimizer moves the model, or only a share of the average is
+    taken, ranks send displacements from `base`, the last model that they agreed on; else they send their parameters.
+    """
+
+    def __init__(self, values: torch.Tensor, settings: SyncConfig, ranks: int) -> None:
+        self.values = values
+        self._chunk = settings.bucket_bytes // 4
+        self._exchange: Exchange = make_exchange(
+            settings.wire_format, values.dtype, len(values), ranks, settings.bucket_bytes
+        )
+        self._mixing = settings.mixing
+        self._base: torch.Tensor | None = None
+        self._outer: Outer | None = None
+        if self._exchange.lossy or settings.outer != "none" or settings.mixing < 1:
+            self._base = values.to(torch.promote_types(values.dtype, torch.float32), copy=True)
+            if settings.outer != "none":
+                self._outer = Outer(settings.outer, self._base, settings.outer_lr, settings.outer_momentum)
+        self._outgoing: torch.Tensor | None = None
+        """What is sent; then the mean, or what the wire format lost."""
+        self._correction: torch.Tensor | None = None
+        """Minus the snapshot; once the average is there, the average minus the snapshot."""
+
+    def rebase(self) -> None:
+        """The replicas were made one by other means: displacements count from here, and nothing is owed."""
+        if self._base is not None:
+            self._base.copy_(self.values)
+            self._outgoing = None
+        self._exchange.forget()
+
+    def snapshot(self) -> None:
+        """Remember the replica as it is now, so that training may change it while it is averaged."""
+        if self._correction is None:
+            self._correction = torch.empty_like(self.values)
+        torch.neg(self.values, out=self._correction)
+
+    def pack(self, *, delayed: bool) -> float:
+        """Make ready what is sent; the squared norm of this rank's share of the divergence."""
+        if self._base is None:
+            if not delayed:
+                self._outgoing = self.values
+            else:
+                if self._outgoing is None or self._outgoing is self.values:
+                    self._outgoing = torch.empty_like(self.values)
+                torch.neg(_present(self._correction), out=self._outgoing)
+            return _squared(self._outgoing).item()
+        if self._outgoing is None:
+            self._outgoing = torch.zeros_like(self._base)
+        norm = torch.zeros((), dtype=torch.float64, device=self.values.device)
+        for start in range(0, len(self.values), self._chunk):
+            chunk = slice(start, start + self._chunk)
+            now = _present(self._correction)[chunk].neg() if delayed else self.values[chunk]
+            moved = now - self._base[chunk]
+            norm += _squared(moved)
+            self._outgoing[chunk] += moved
+        return norm.item()
+
+    def exchange(
+        self, weights: Sequence[float], local_lr: float, via: Collectives, *, delayed: bool, plainly: bool
+    ) -> float:
+        """Average with the other ranks; the squared norm of the mean. `plainly` passes the outer optimizer by."""
+        outgoing, outer = _present(self._outgoing), None if plainly else self._outer
+        displacement = torch.empty_like(outgoing) if outer is not None else None
+        norm = torch.zeros((), dtype=torch.float64, device=self.values.device)
+        for chunk, mean in self._exchange.means(outgoing, weights, via):
+            norm += _squared(mean)
+            if displacement is not None:
+                displacement[chunk] = mean
+            elif self._base is not None:
+                self._base[chunk] += mean
+            else:
+                outgoing[chunk] = mean
+        if outer is not None and displacement is not None:
+            outer.step(displacement, local_lr)
+        if self._base is not None and not self._exchange.lossy:
+            self._outgoing = None
+        if delayed:
+            _present(self._correction).add_(self._agreed)
+        return norm.item()
+
+    @property
+    def _agreed(self) -> torch.Tensor:
+        """The latest average, the same on every rank."""
+        return self._base if self._base is not None else _present(self._outgoing)
+
+    def land(self, *, delayed: bool, progressed: bool, wholly: bool) -> None:
+        """Take the average, or as much of it as `mixing` says, and keep the progress made since the snapshot."""
+        share = 1.0 if wholly else self._mixing
+        if delayed and (progressed or share < 1):
+            self.values.add_(_present(self._correction), alpha=share)
+        elif share < 1:
+            self.values.lerp_(self._agreed.to(self.values.dtype), share)
+        elif self._agreed is not self.values:
+            self.values.copy_(self._agreed)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What later averages depend on, a transfer under way included (once it has arrived)."""
+        outgoing = None if self._outgoing is self.values else self._outgoing
+        kept = {"base": self._base, "outgoing": outgoing, "correction": self._correction}
+        return {
+            **{name: tensor for name, tensor in kept.items() if tensor is not None},
+            "exchange": self._exchange.state_dict(),
+            "outer": None if self._outer is None else self._outer.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        device = self.values.device
+        if self._base is not None:
+            self._base.copy_(state["base"])  # the outer optimizer holds this very storage
+        self._outgoing = state["outgoing"].to(device) if "outgoing" in state else None
+        self._correction = state["correction"].to(device) if "correction" in state else None
+        self._exchange.load_state_dict(state["exchange"])
+        if self._outer is not None:
+            self._outer.load_state_dict(state["outer"])
+
+
+def _squared(values: torch.Tensor) -> torch.Tensor:
+    """Squared norm, 0-dim float64."""
+    norm: torch.Tensor = torch.linalg.vector_norm(values, dtype=torch.float64)
+    return norm.square()
+
+
+def _present(tensor: torch.Tensor | None) -> torch.Tensor:
+    assert tensor is not None
+    return tensor

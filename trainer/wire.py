@@ -1,0 +1,103 @@
+"""Number formats of averaged values on the network: how many bytes a value takes there, and what is lost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+BLOCK = 128
+"""Values that share one scale; every row that is encoded holds a multiple of it."""
+
+
+class Format(Protocol):
+    """Rows of values, (rows, count) of a floating type, as rows of bytes, (rows, row_bytes(count)) uint8, and back."""
+
+    def row_bytes(self, count: int) -> int:
+        """Bytes of a row of `count` values, a multiple of BLOCK."""
+
+    def encode(self, values: torch.Tensor, coded: torch.Tensor) -> None:
+        """Write `values` into `coded`."""
+
+    def decode(self, coded: torch.Tensor, values: torch.Tensor) -> None:
+        """Write what `coded` says into `values`."""
+
+
+@dataclass(frozen=True)
+class Cast:
+    """Values rounded to another floating type."""
+
+    dtype: torch.dtype
+
+    def row_bytes(self, count: int) -> int:
+        """`dtype`'s own bytes."""
+        return count * self.dtype.itemsize
+
+    def encode(self, values: torch.Tensor, coded: torch.Tensor) -> None:
+        """Round to nearest."""
+        coded.view(self.dtype).copy_(values)
+
+    def decode(self, coded: torch.Tensor, values: torch.Tensor) -> None:
+        """Exact."""
+        values.copy_(coded.view(self.dtype))
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Whole numbers of -levels .. levels times a float32 scale a block: off by at most half a scale.
+
+    A block's scale is its largest magnitude over `levels`. A value that is not finite makes its whole block NaN.
+    Four-bit numbers are packed in twos, a block's first half beside its second.
+    """
+
+    bits: int
+
+    @property
+    def levels(self) -> int:
+        """The largest whole number."""
+        return int(2 ** (self.bits - 1) - 1)
+
+    def row_bytes(self, count: int) -> int:
+        """The numbers, then the scales."""
+        return self._code_bytes(count) + count // BLOCK * 4
+
+    def encode(self, values: torch.Tensor, coded: torch.Tensor) -> None:
+        """Round to nearest."""
+        blocks = values.float().reshape(len(values), -1, BLOCK)
+        scales = blocks.abs().amax(dim=2).div_(self.levels)
+        inverse = torch.where(scales > 0, scales.reciprocal(), 0.0)
+        numbers = (blocks * inverse.unsqueeze(2)).round_()
+        codes, kept = self._views(coded)
+        kept.copy_(scales)
+        if self.bits == 8:
+            codes.view(torch.int8).copy_(numbers)
+        else:
+            low, high = numbers.tensor_split(2, dim=2)
+            codes.copy_(high.add_(8).mul_(16).add_(low.add_(8)))
+
+    def decode(self, coded: torch.Tensor, values: torch.Tensor) -> None:
+        """Number times scale."""
+        codes, scales = self._views(coded)
+        blocks = values.view(len(values), -1, BLOCK)
+        if self.bits == 8:
+            blocks.copy_(codes.view(torch.int8))
+        else:
+            low, high = blocks.tensor_split(2, dim=2)
+            low.copy_(codes & 15).sub_(8)
+            high.copy_(codes >> 4).sub_(8)
+        blocks.mul_(scales.unsqueeze(2))
+
+    def _code_bytes(self, count: int) -> int:
+        return count * self.bits // 8
+
+    def _views(self, coded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes (rows, blocks, bytes of a block) and scales (rows, blocks)."""
+        blocks = coded.shape[1] // (BLOCK * self.bits // 8 + 4)
+        codes, scales = coded.tensor_split([self._code_bytes(blocks * BLOCK)], dim=1)
+        width = BLOCK * self.bits // 8
+        return codes.as_strided((len(coded), blocks, width), (coded.stride(0), width, 1)), scales.view(torch.float32)
+
+
+FORMATS: dict[str, Format] = {"bf16": Cast(torch.bfloat16), "int8": Blocks(8), "int4": Blocks(4)}
+"""The formats that lose something, by name."""
