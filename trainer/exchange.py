@@ -15,6 +15,7 @@ A = TypeVar("A")
 B = TypeVar("B")
 C = TypeVar("C")
 D = TypeVar("D")
+CHUNKS, LEAST_CHUNK_VALUES = 16, 2**17
 HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -84,6 +85,8 @@ class CodedExchange:
     def __init__(self, count: int, ranks: int, chunk_values: int, format: Format, *, feedback: bool) -> None:
         self.lossy = feedback
         self._format, self._ranks = format, ranks
+        # enough chunks that one's encoding hides another's transfer, each large enough to be worth a collective
+        chunk_values = min(chunk_values, max(count // CHUNKS, LEAST_CHUNK_VALUES))
         self._chunk = max(1, chunk_values // (ranks * BLOCK)) * ranks * BLOCK
         self._count = count
         self._owed: torch.Tensor | None = None
