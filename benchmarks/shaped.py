@@ -1,0 +1,80 @@
+"""Hosts joined by slow links, on one machine, for as long as a `with` block lasts. Needs root and iproute2."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+SCRIPT = Path(__file__).parent.parent / "launch" / "lab" / "hosts.sh"
+PORT = 29500
+
+
+@dataclass(frozen=True)
+class Hosts:
+    """Hosts that are up, one rank on each."""
+
+    count: int
+    env: dict[str, str]
+
+    def run(self, module: str, *arguments: str, timeout_s: float) -> None:
+        """`python -m module arguments` as one rank a host; an error of any rank ends all.
+
+        Raises:
+            RuntimeError: a rank failed, or did not end in time.
+        """
+        cores = os.cpu_count() or 1
+        ranks = []
+        for rank in range(self.count):
+            place = {"RANK": rank, "WORLD_SIZE": self.count, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "GROUP_RANK": rank}
+            place |= {"MASTER_ADDR": "10.99.0.1", "MASTER_PORT": PORT, "OMP_NUM_THREADS": 1}
+            on_core = ["taskset", "-c", str(rank % cores)]
+            command = [str(SCRIPT), "exec", str(rank + 1), *on_core, sys.executable, "-m", module, *arguments]
+            env = self.env | {name: str(value) for name, value in place.items()}
+            ranks.append(subprocess.Popen(command, env=env | {"GLOO_SOCKET_IFNAME": "eth0"}))
+        try:
+            codes = [rank.wait(timeout_s) for rank in ranks]
+        except subprocess.TimeoutExpired:
+            raise RuntimeError(f"{module} did not end in {timeout_s:.0f} s") from None
+        finally:
+            for process in ranks:
+                process.kill()
+                process.wait()
+        if any(codes):
+            raise RuntimeError(f"{module} {' '.join(arguments)}: exit codes {codes}")
+
+
+@contextmanager
+def hosts(count: int, rate: str) -> Iterator[Hosts]:
+    """`count` hosts whose links carry `rate` (100mbit, 1gbit ...) in each direction; "" is as fast as it goes."""
+    env = os.environ | {"HOSTS_PREFIX": f"ebbtide{os.getpid()}", "LAB_OWNER": str(os.getpid())}
+    subprocess.run([str(SCRIPT), "up", str(count), *([rate] if rate else [])], check=True, env=env)
+    try:
+        yield Hosts(count, env)
+    finally:
+        subprocess.run([str(SCRIPT), "down"], check=True, env=env)
+
+
+def bits_per_s(rate: str) -> float:
+    """The number behind 100mbit, 1gbit, 500kbit."""
+    for unit, factor in (("gbit", 1e9), ("mbit", 1e6), ("kbit", 1e3)):
+        if rate.endswith(unit):
+            return float(rate.removesuffix(unit)) * factor
+    raise ValueError(f"rate = {rate!r}: write kbit, mbit or gbit")
+
+
+def interface_bytes() -> int:
+    """Bytes that this host has sent, by its interface's own counter: frames, headers and acknowledgements too."""
+    out = subprocess.run(["ip", "-s", "-o", "link", "show", "eth0"], check=True, capture_output=True, text=True).stdout
+    return int(out.split("TX:")[1].split("\\")[1].split()[0])
+
+
+def write_table(path: Path, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, also written to `path`."""
+    lines = ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)]
+    path.write_text("\n".join(lines) + "\n")
+    return path.read_text()
