@@ -1,0 +1,1 @@
+"""Ebbtide beside what users would pick instead, on the very same work."""

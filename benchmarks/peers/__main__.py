@@ -1,0 +1,181 @@
+"""Ebbtide and its peers on the very same work, over links of a given rate.
+
+    python -m benchmarks.peers [--rate 100mbit] [--hosts 2] [--seeds 3] [--methods ebbtide accelerate ...] [--quick]
+
+The work: the FedAvg CNN on Fashion-MNIST, batch 32 a rank, period 16, SGD 0.05 with Nesterov momentum 0.9, cosine,
+118,784 samples over all ranks (1,856 local steps of two ranks: a whole number of rounds). Every method gets the same
+initial model, the same batches in the same order and the same schedule, on one core a host; only what is sent, and
+when, is its own. Evaluation and start-up are off the clock. A finished run is kept in results/peers/ and skipped the
+next time. `ddp` takes a third of an hour at 100 Mbit/s: `--steps N` times N of its steps instead, and `--rate ""` has
+its accuracy. Needs root, iproute2 and the `bench` extra.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from benchmarks.peers.methods import METHODS
+from benchmarks.provenance import provenance
+from benchmarks.shaped import hosts, interface_bytes, write_table
+from trainer.collectives import Collectives
+from trainer.config import Config, OptimConfig, RunConfig, StepConfig, WorldConfig
+from trainer.data import ShardStream, Transform, open_part, shard_of, split_evenly
+from trainer.optim import build_optimizer, learning_rate, set_learning_rate
+from trainer.step import LocalStep
+from trainer.tasks import build_model, loss_function
+from trainer.world import open_world
+
+RESULTS = Path("benchmarks/results/peers")
+BATCH, PERIOD, SAMPLES = 32, 16, 118_784
+DEFAULT = [name for name in METHODS if name not in ("ddp", "ebbtide_int4_period_32", "ebbtide_int4_period_64")]
+
+
+def worker(name: str, seed: int, steps: int | None, out: Path) -> None:
+    """One rank of one run; rank 0 writes what the slowest rank took, and the accuracy of the final model."""
+    torch.set_num_threads(1)
+    config = Config(run=RunConfig(seed=seed, samples=SAMPLES), optim=OptimConfig())
+    with open_world(WorldConfig(backend="gloo")) as world:
+        part, test = (open_part(config.data, train=train, seed=seed) for train in (True, False))
+        shard = part.subset(shard_of("iid", len(part), world.size, world.rank, seed))
+        stream = ShardStream(shard, config.data, world, seed)
+        torch.manual_seed(seed)
+        model = build_model(config.task, shard.classes, 1, 28)
+        loss_fn = loss_function(config.task)
+        optimizer = build_optimizer(config.optim, model.parameters())
+        total = SAMPLES // (BATCH * world.size)
+        with METHODS[name](model, optimizer, world, BATCH, PERIOD) as method:
+            for _ in range(3):  # warm the kernels up, without a trace
+                loss_fn(model(stream.transform(shard_batch(shard)[0])), shard_batch(shard)[1]).backward()
+            optimizer.zero_grad()
+            dist.barrier()
+            sent, began = interface_bytes(), time.perf_counter()
+            for step in range(min(steps or total, total)):
+                x, y = stream.take(BATCH)
+                set_learning_rate(optimizer, learning_rate(config.optim, step * BATCH * world.size, SAMPLES))
+                method.optimizer.zero_grad()
+                loss = loss_fn(method.model(x), y)
+                loss.backward()
+                method.optimizer.step()
+                method.step(loss)
+            method.finish()
+            took = time.perf_counter() - began
+            sent = interface_bytes() - sent
+        via = Collectives(world, None, 2**20)
+        done = min(steps or total, total)
+        ranks = via.gather({"elapsed_s": took, "sent_bytes": sent, "weights": float(checksum(model.parameters()))})
+        model.eval()
+        transform = Transform.of(test, config.data, world.device, train=False)
+        evaluated = LocalStep(StepConfig(), config.optim, loss_fn, world.device).evaluate(
+            model, split_evenly(test, world, 500, transform), via
+        )
+    if world.rank == 0:
+        result = {
+            "method": name,
+            "seed": seed,
+            "hosts": world.size,
+            "local_steps": done,
+            "samples": done * BATCH * world.size,
+            "elapsed_s": max(rank["elapsed_s"] for rank in ranks),
+            "sent_bytes": max(rank["sent_bytes"] for rank in ranks),
+            "one_model": len({rank["weights"] for rank in ranks}) == 1,
+            "test_accuracy": evaluated.accuracy,
+            "versions": {package: _version(package) for package in ("torch", "accelerate", "torchft")},
+        }
+        out.write_text(json.dumps(result | {"provenance": provenance()}, indent=1) + "\n")
+
+
+def shard_batch(shard: Any) -> Any:
+    """The shard's first batch, outside the stream."""
+    return shard.items[:BATCH]
+
+
+def checksum(parameters: Iterable[torch.Tensor]) -> torch.Tensor:
+    """A number that replicas share if they are one."""
+    return torch.stack([parameter.detach().double().sum() for parameter in parameters]).sum()
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "absent"
+
+
+def rows(found: list[dict[str, Any]]) -> list[list[str]]:
+    """A row a method: mean and spread over its seeds, and its time over compute alone's."""
+    by_method: dict[str, list[dict[str, Any]]] = {}
+    for run in found:
+        by_method.setdefault(run["method"], []).append(run)
+    base = [run["elapsed_s"] / run["local_steps"] for run in by_method.get("alone", [])]
+    lines = []
+    for name, runs in sorted(by_method.items(), key=lambda item: step_s(item[1])):
+        accuracy = [run["test_accuracy"] for run in runs]
+        spread = f" ± {statistics.stdev(accuracy):.4f}" if len(runs) > 1 else ""
+        seconds = [run["elapsed_s"] for run in runs]
+        lines.append(
+            [
+                f"`{name}`",
+                f"{statistics.median(seconds):.1f}",
+                f"{min(seconds):.1f} to {max(seconds):.1f}",
+                f"{step_s(runs) / statistics.median(base):.2f}" if base else "",
+                f"{statistics.mean(accuracy):.4f}{spread}" if name != "alone" else "",
+                f"{statistics.median(run['sent_bytes'] for run in runs) / 1e6:.0f}",
+                f"{runs[0]['local_steps']}",
+                str(len(runs)),
+            ]
+        )
+    return lines
+
+
+def step_s(runs: list[dict[str, Any]]) -> float:
+    """Median seconds a local step."""
+    return statistics.median(run["elapsed_s"] / run["local_steps"] for run in runs)
+
+
+def main() -> None:
+    """Run what is missing, then write the table."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.peers", description=__doc__)
+    parser.add_argument("--rate", default="100mbit", help='of every link; "" is as fast as it goes')
+    parser.add_argument("--hosts", type=int, default=2)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--methods", nargs="+", default=DEFAULT, choices=list(METHODS))
+    parser.add_argument("--steps", type=int, help="stop after so many local steps; accuracy then means little")
+    parser.add_argument("--quick", action="store_true", help="64 steps and one seed of every method; keeps nothing")
+    parser.add_argument("--worker", nargs=3, metavar=("METHOD", "SEED", "OUT"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        worker(args.worker[0], int(args.worker[1]), args.steps, Path(args.worker[2]))
+        return
+    place = f"{args.rate or 'loopback'}-{args.hosts}"
+    folder = Path(tempfile.mkdtemp()) if args.quick else RESULTS / place
+    folder.mkdir(parents=True, exist_ok=True)
+    steps = 64 if args.quick else args.steps
+    limit = ["--steps", str(steps)] if steps else []
+    for seed in range(1 if args.quick else args.seeds):
+        for name in args.methods:
+            out = folder / f"{name}-{seed}.json"
+            if not out.exists():
+                with hosts(args.hosts, args.rate) as shaped:
+                    shaped.run(
+                        "benchmarks.peers", *limit, "--worker", name, str(seed), str(out.resolve()), timeout_s=1800
+                    )
+                print(name, seed, json.loads(out.read_text())["elapsed_s"], flush=True)
+    head = ["method", "median s", "range", "of compute alone", "test accuracy", "MB sent a rank", "steps", "seeds"]
+    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    table = Path(tempfile.mkdtemp()) / "table.md" if args.quick else RESULTS.parent / f"peers-{place}.md"
+    print(write_table(table, head, rows(found)))
+
+
+if __name__ == "__main__":
+    main()
