@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from benchmarks.provenance import provenance
-from trainer.config import DataConfig, OptimConfig, StepConfig, WorldConfig
+from trainer.config import DataConfig, OptimConfig, StepConfig, SyncConfig, WorldConfig
 from trainer.data import ShardStream, open_part, shard_of
 from trainer.optim import build_optimizer, learning_rate, set_learning_rate
 from trainer.plan import Plan
@@ -60,7 +60,14 @@ def bare(data: DataConfig, batch: int, steps: int, shards: int = 1) -> float:
     return steps * batch / (time.perf_counter() - began)
 
 
-def ours(data: DataConfig, batch: int, steps: int, world: World | None = None, period: int = 1) -> float:
+def ours(
+    data: DataConfig,
+    batch: int,
+    steps: int,
+    world: World | None = None,
+    period: int = 1,
+    settings: SyncConfig = SyncConfig(),  # noqa: B008  # frozen
+) -> float:
     """Samples a second of the trainer's loop: stream, step, schedule, synchronizer, observations."""
     world = world or World()
     part = open_part(data, train=True, seed=0)
@@ -71,7 +78,7 @@ def ours(data: DataConfig, batch: int, steps: int, world: World | None = None, p
     step_of = LocalStep(StepConfig(), OPTIM, nn.CrossEntropyLoss(), world.device)
     optimizer = build_optimizer(OPTIM, model.parameters())
     began, total = 0.0, (steps + WARM_UP) * batch * world.size
-    with LocalSGD(model, optimizer, Constant(Plan(batch, period)), world=world) as sync:
+    with LocalSGD(model, optimizer, Constant(Plan(batch, period)), settings=settings, world=world) as sync:
         for inputs, labels in sync.batches(stream, total):
             if sync.local_step == WARM_UP:
                 began = time.perf_counter()
@@ -82,6 +89,11 @@ def ours(data: DataConfig, batch: int, steps: int, world: World | None = None, p
 
 
 WARM_UP = 5
+MODES: dict[str, dict[str, Any]] = {
+    "blocking": {},
+    "delayed float32": {"delay_steps": 8},
+    "delayed int8": {"delay_steps": 8, "wire_format": "int8"},
+}
 
 
 def speed(data: DataConfig, batch: int, repeats: int, seconds: float) -> dict[str, Any]:
@@ -102,18 +114,18 @@ def speed(data: DataConfig, batch: int, repeats: int, seconds: float) -> dict[st
     }
 
 
-def _peak(send: Any, place: dict[str, str], data: DataConfig, batch: int) -> None:
+def _peak(send: Any, place: dict[str, str], data: DataConfig, batch: int, mode: str) -> None:
     os.environ.update(place)
     torch.set_num_threads(1)
     if place:
         with open_world(WorldConfig(backend="gloo")) as world:
-            ours(data, batch, 64, world, period=16)
+            ours(data, batch, 64, world, period=16, settings=SyncConfig(**MODES[mode]))
     else:
         bare(data, batch, 64, shards=2)
     send.send(peak_memory_bytes(torch.device("cpu")))
 
 
-def peaks(data: DataConfig, batch: int, ranks: int) -> list[int]:
+def peaks(data: DataConfig, batch: int, ranks: int, mode: str = "blocking") -> list[int]:
     """Peak bytes of each process: `ranks` of ours in a local phase, or 0 for one bare loop."""
     context = mp.get_context("spawn")
     with socket.socket() as listener:
@@ -129,7 +141,7 @@ def peaks(data: DataConfig, batch: int, ranks: int) -> list[int]:
             "LOCAL_WORLD_SIZE": str(ranks),
         }
         place |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        process = context.Process(target=_peak, args=(send, place if ranks else {}, data, batch))
+        process = context.Process(target=_peak, args=(send, place if ranks else {}, data, batch, mode))
         process.start()
         started.append((process, receive))
     for process, receive in started:
@@ -142,15 +154,14 @@ def memory(data: DataConfig, batch: int, repeats: int) -> dict[str, Any]:
     """A rank's peak in a local phase over the bare loop's, in units of the parameters' bytes."""
     model_bytes = parameter_count(FedAvgCNN()) * 4
     plain = [peaks(data, batch, 0)[0] for _ in range(repeats)]
-    ranks = [max(peaks(data, batch, 2)) for _ in range(repeats)]
-    above = statistics.median(ranks) - statistics.median(plain)
+    ranks = {mode: [max(peaks(data, batch, 2, mode)) for _ in range(repeats)] for mode in MODES}
+    above = {mode: statistics.median(found) - statistics.median(plain) for mode, found in ranks.items()}
     return {
         "batch": batch,
         "parameter_bytes": model_bytes,
         "bare_peak_bytes": plain,
         "rank_peak_bytes": ranks,
-        "above_bytes": above,
-        "above_in_parameters": above / model_bytes,
+        "above_in_parameters": {mode: more / model_bytes for mode, more in above.items()},
     }
 
 
@@ -174,8 +185,8 @@ def main() -> None:
             flush=True,
         )
     result["memory"] = memory(data, 32, 2 if args.quick else 5)
-    above = result["memory"]["above_in_parameters"]
-    print(f"peak memory of a rank in a local phase: {above:.2f} x the parameters' bytes above the bare loop's")
+    for mode, above in result["memory"]["above_in_parameters"].items():
+        print(f"peak memory of a rank, {mode}: {above:.2f} x the parameters' bytes above the bare loop's")
     if not args.quick:
         Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
 

@@ -30,12 +30,20 @@ class Hosts:
         cores = os.cpu_count() or 1
         ranks = []
         for rank in range(self.count):
-            place = {"RANK": rank, "WORLD_SIZE": self.count, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "GROUP_RANK": rank}
-            place |= {"MASTER_ADDR": "10.99.0.1", "MASTER_PORT": PORT, "OMP_NUM_THREADS": 1}
+            place = {
+                "RANK": str(rank),
+                "WORLD_SIZE": str(self.count),
+                "LOCAL_RANK": "0",
+                "LOCAL_WORLD_SIZE": "1",
+                "GROUP_RANK": str(rank),
+                "MASTER_ADDR": "10.99.0.1",
+                "MASTER_PORT": str(PORT),
+                "OMP_NUM_THREADS": "1",
+                "GLOO_SOCKET_IFNAME": "eth0",
+            }
             on_core = ["taskset", "-c", str(rank % cores)]
             command = [str(SCRIPT), "exec", str(rank + 1), *on_core, sys.executable, "-m", module, *arguments]
-            env = self.env | {name: str(value) for name, value in place.items()}
-            ranks.append(subprocess.Popen(command, env=env | {"GLOO_SOCKET_IFNAME": "eth0"}))
+            ranks.append(subprocess.Popen(command, env=self.env | place))
         try:
             codes = [rank.wait(timeout_s) for rank in ranks]
         except subprocess.TimeoutExpired:

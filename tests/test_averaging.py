@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from ranks import run
+from ranks import RankError, run
 from torch import nn
 from torch.nn import functional as F
 
@@ -277,6 +278,97 @@ def test_divergence_is_the_mean_squared_distance_from_the_mean(wire_format: Any,
     assert rounds[1].seen.transfer_s > 0
 
 
+# ---- two levels
+
+
+@pytest.mark.parametrize("wire_format", ["float32", "int8"])
+def test_two_levels_with_one_period_are_a_flat_average(wire_format: Any) -> None:
+    policy = Constant(Plan(8, 4))
+    flat = run(4, train, SyncConfig(), policy, 12)
+    levels = SyncConfig(node_period_steps=4, ranks_per_node=2, wire_format=wire_format)
+    for (ours, _), (theirs, _) in zip(run(4, train, levels, policy, 12), flat, strict=True):
+        for step in (3, 7, 11):
+            loose = {"rtol": 0.0, "atol": 2e-3} if wire_format == "int8" else {"rtol": 1e-5, "atol": 1e-6}
+            torch.testing.assert_close(ours[step], theirs[step], **loose)
+
+
+@pytest.mark.parametrize(("node_format", "delay"), [("float32", 0), ("float32", 2), ("bf16", 0)])
+def test_a_node_is_averaged_more_often_than_all(node_format: Any, delay: int) -> None:
+    settings = SyncConfig(node_period_steps=2, node_wire_format=node_format, delay_steps=delay, ranks_per_node=2)
+    results = run(4, train, settings, Constant(Plan(8, 4)), 8)
+    weights = [weights for weights, _ in results]
+    for step in (1, 5):
+        assert torch.equal(weights[0][step], weights[1][step])
+        assert torch.equal(weights[2][step], weights[3][step])
+        assert not torch.equal(weights[0][step], weights[2][step])
+    assert not torch.equal(weights[0][0], weights[1][0])
+    replicas = [new_model().weight.detach() for _ in range(4)]
+    for step in range(2):
+        replicas = [one_step(replica, rank, step) for rank, replica in enumerate(replicas)]
+    torch.testing.assert_close(weights[0][1], (replicas[0] + replicas[1]) / 2, rtol=1e-2, atol=1e-3)
+    for other in weights[1:]:
+        assert torch.equal(weights[0][-1], other[-1])
+    assert torch.equal(weights[0][3], weights[2][3]) == (delay == 0)
+
+
+def test_gradients_every_step_inside_a_node_are_its_large_batch() -> None:
+    settings = SyncConfig(node_period_steps=1, ranks_per_node=2)
+    results = run(4, train, settings, Constant(Plan(8, 4)), 4)
+    nodes = [new_model().weight.detach() for _ in range(2)]
+    for step in range(4):
+        nodes = [
+            sum(one_step(weight, rank, step) for rank in (2 * node, 2 * node + 1)) / 2
+            for node, weight in enumerate(nodes)
+        ]
+        if step < 3:
+            for rank, (weights, _) in enumerate(results):
+                torch.testing.assert_close(weights[step], nodes[rank // 2], rtol=1e-5, atol=1e-6)
+    for weights, _ in results:
+        torch.testing.assert_close(weights[3], sum(nodes) / 2, rtol=1e-5, atol=1e-6)
+
+
+def test_ranks_send_each_their_share_between_nodes() -> None:
+    settings = SyncConfig(node_period_steps=4, ranks_per_node=2)
+    for within, between in run(4, traffic, settings):
+        model_bytes = 1024 * 4
+        assert between == pytest.approx(model_bytes / 2, rel=0.01)  # half of the model, 2 (M - 1) / M of it
+        assert within >= model_bytes
+
+
+def traffic(world: World, settings: SyncConfig) -> tuple[float, float]:
+    """Bytes inside the node and between nodes, of one round."""
+    model = nn.Linear(32, 32, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    with LocalSGD(model, optimizer, Constant(Plan(8, 4)), settings=settings, world=world) as sync:
+        within, between = sync.collectives.within, sync.collectives.between
+        assert within is not None
+        assert between is not None
+        for _ in range(4):
+            sync.step(torch.tensor(0.0), samples=8)
+        return within.sent_bytes, between.sent_bytes
+
+
+# ---- faults
+
+
+@pytest.mark.parametrize("when", [5, 8])
+def test_a_peer_that_goes_away_in_mid_transfer_is_named(when: int) -> None:
+    with pytest.raises(RankError, match=r"PeerError: .+ failed on rank 0 of 2: a peer went away"):
+        run(2, deserted, when)
+
+
+def deserted(world: World, when: int) -> None:
+    """Rank 1 dies between sending its replica and taking the average, or as it sends."""
+    model = new_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    settings = SyncConfig(delay_steps=3, wire_format="int8")
+    with LocalSGD(model, optimizer, Constant(Plan(8, 4)), settings=settings, world=world) as sync:
+        for step in range(1, 20):
+            if world.rank == 1 and step == when:
+                os._exit(9)
+            sync.step(torch.tensor(0.0), samples=8)
+
+
 # ---- what cannot hold
 
 
@@ -290,6 +382,13 @@ def test_divergence_is_the_mean_squared_distance_from_the_mean(wire_format: Any,
         ({"wire_format": "int3"}, Plan(8, 4), "wire_format = 'int3': choose one of float32, bf16, int8, int4"),
         ({"gradient_format": "int4"}, Plan(8, 1), "gradient_format = 'int4': choose one of float32, bf16, powersgd"),
         ({"delay_steps": -1}, Plan(8, 4), "delay_steps = -1: must be 0 or more local steps, or auto"),
+        ({"node_period_steps": 3}, Plan(8, 4), "node_period_steps = 3: must divide the policy's periods above 1"),
+        ({"ranks_per_node": 2}, Plan(8, 4), "ranks_per_node = 2: needs sync.node_period_steps"),
+        (
+            {"node_period_steps": 2, "node_wire_format": "int8", "delay_steps": 2},
+            Plan(8, 4),
+            "node_wire_format = 'int8': needs sync.delay_steps = 0",
+        ),
         ({"outer_lr": 0.5}, Plan(8, 4), "outer_lr = 0.5: needs sync.outer"),
         ({"outer": "diloco", "mixing": 0.5}, Plan(8, 4), "outer = 'diloco': needs sync.mixing = 1"),
     ],

@@ -225,6 +225,7 @@ LATE = {"delay_steps": 4}
         LATE | {"wire_format": "int4", "outer": "diloco", "state": "reset"},
         {"wire_format": "bf16", "outer": "fedadam", "gradient_format": "bf16"},
         {"mixing": 0.5, "batch_norm": "keep", "gradient_format": "powersgd"},
+        {"node_period_steps": 2, "node_wire_format": "int8", "ranks_per_node": 2},
     ],
 )
 def test_every_way_of_averaging_resumes_exactly_also_in_mid_transfer(tmp_path: Path, sync: dict[str, Any]) -> None:

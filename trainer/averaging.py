@@ -123,10 +123,15 @@ class Averager:
                 flat[len(flat) * number // count : len(flat) * (number + 1) // count]
                 for flat in self._replica.flat_parameters.adopt()
             ]
-            self._fragments.append([Part(piece, settings, world.size) for piece in pieces if len(piece)])
+            self._fragments.append([Part(piece, settings, world) for piece in pieces if len(piece)])
+        if settings.node_period_steps is not None and world.size > 1:
+            self._via.add_levels(world.mesh)
         if settings.delay_steps != 0 and world.size > 1:
             self._background = Background(world.device)
             self._beside = Collectives(world, None, settings.bucket_bytes, dist.new_group())  # type: ignore[arg-type]  # -100: not a member
+
+            if self._via.within is not None:
+                self._beside.add_levels(world.new_mesh())
 
     def close(self) -> None:
         """Let the thread end."""
@@ -169,6 +174,7 @@ class Averager:
             self.land(transfer, local_step)
         delayed = delay_steps > 0 and self._background is not None
         parts = self._parts(fragments)
+        self.average_within(fragments, header["samples"])
         carried = self._carry(delayed) if ends_round else Carried()
         if delayed:
             for part in parts:
@@ -183,6 +189,20 @@ class Averager:
         transfer = Transfer(tuple(fragments), delayed, ends_round, local_step, due, pending, carried)
         self.flying.append(transfer)
         return transfer
+
+    @torch.no_grad()
+    def average_within(self, fragments: Sequence[int], samples: float) -> None:
+        """Make the node's replicas one, weighted by the samples that each trained; without levels, nothing."""
+        via = self._via.within
+        if via is None or via.size == 1 or self._settings.node_period_steps == 1:  # at 1 they are one at every step
+            return
+        with self._clock.waiting("sync_wait"):
+            ranks = [rank["samples"] for rank in via.gather({"samples": samples})]
+            trained = sum(ranks)
+            weights = [count / trained if trained else 1 / via.size for count in ranks]
+            self._replica.flat_parameters.adopt()
+            for part in self._parts(fragments):
+                part.average_within(weights, via)
 
     def _exchange(
         self, parts: Sequence[Part], header: Header, carried: Carried, began: float, *, delayed: bool, plainly: bool

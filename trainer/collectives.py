@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 from trainer.clock import Clock
 from trainer.world import World
@@ -36,7 +37,26 @@ class Collectives:
         self.group = group
         self.size = dist.get_world_size(group) if world.size > 1 else 1
         self.rank = dist.get_rank(group) if world.size > 1 else 0
-        self.sent_bytes = 0.0
+        self.within: Collectives | None = None
+        """The ranks of this rank's node, where averages have two levels."""
+        self.between: Collectives | None = None
+        """The ranks of this rank's place on every node."""
+        self._sent_bytes = 0.0
+
+    def add_levels(self, mesh: DeviceMesh) -> None:
+        """Have averages in two levels, by a (node, local) mesh."""
+        for name, dimension in (("within", "local"), ("between", "node")):
+            group = mesh[dimension].get_group()
+            setattr(self, name, Collectives(self.world, self.clock, self.bucket_bytes, group))
+
+    @property
+    def sent_bytes(self) -> float:
+        """Bytes that this rank has sent, in all levels."""
+        return self._sent_bytes + sum(level.sent_bytes for level in (self.within, self.between) if level is not None)
+
+    @sent_bytes.setter
+    def sent_bytes(self, total: float) -> None:
+        self._sent_bytes += total - self.sent_bytes
 
     def mean_(self, tensors: Sequence[torch.Tensor], weight: float) -> None:
         """Replace each tensor by its mean over the ranks, in place; `weight` is this rank's share (they sum to 1)."""
@@ -85,7 +105,7 @@ class Collectives:
             mine = torch.tensor(list(numbers.values()), dtype=torch.float64, device=self.world.device)
             everyone = [torch.empty_like(mine) for _ in range(self.size)]
             dist.all_gather(everyone, mine, self.group)
-            self.sent_bytes += mine.nbytes * (self.size - 1)
+            self._sent_bytes += mine.nbytes * (self.size - 1)
             return [dict(zip(numbers, theirs.tolist(), strict=True)) for theirs in everyone]
 
     def gather_objects(self, thing: Any) -> list[Any]:
@@ -127,7 +147,7 @@ class Collectives:
         if self.size == 1:
             received.copy_(sent)
             return None
-        self.sent_bytes += sent.nbytes * (self.size - 1) / self.size
+        self._sent_bytes += sent.nbytes * (self.size - 1) / self.size
         with self.world.collective("averaging"):
             return dist.all_to_all_single(received, sent, group=self.group, async_op=True)
 
@@ -136,7 +156,7 @@ class Collectives:
         if self.size == 1:
             gathered.copy_(mine)
             return None
-        self.sent_bytes += mine.nbytes * (self.size - 1)
+        self._sent_bytes += mine.nbytes * (self.size - 1)
         with self.world.collective("averaging"):
             return dist.all_gather(list(gathered.tensor_split(self.size)), mine, self.group, async_op=True)
 
@@ -153,7 +173,7 @@ class Collectives:
 
     def count_ring(self, nbytes: float) -> None:
         """Count a buffer that a ring all-reduces."""
-        self.sent_bytes += 2 * (self.size - 1) / self.size * nbytes
+        self._sent_bytes += 2 * (self.size - 1) / self.size * nbytes
 
     def _waiting(self) -> AbstractContextManager[None]:
         return nullcontext() if self.clock is None else self.clock.waiting("sync_wait")

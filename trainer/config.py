@@ -208,6 +208,13 @@ class SyncConfig:
     """Momentum of the outer optimizer (of fedadam: its first decay); without it, the published one."""
     bucket_bytes: int = 4 * 2**20
     """Bytes of a flat bucket: one collective each."""
+    node_period_steps: int | None = None
+    """Local steps between averagings inside a node; 1 averages its gradients at every step. Without it a node's ranks
+    are averaged with all others. With it a round's average goes between nodes, a share of it a rank."""
+    node_wire_format: WireFormat = "float32"
+    """Number format of averages inside a node."""
+    ranks_per_node: int | None = None
+    """Consecutive ranks that make up a node; without it, those that the launcher started on a host."""
     observe_steps: int = 8
     """At period 1, local steps between two observations, so that small messages do not slow every step."""
     find_unused_parameters: bool = False
@@ -218,6 +225,13 @@ class SyncConfig:
         require_at_least(
             self, 1, "recalibrate_samples", "bucket_bytes", "observe_steps", "fragments", "max_delay_steps"
         )
+        require_at_least(self, 1, "node_period_steps", "ranks_per_node")
+        lossy = self.node_wire_format != "float32"
+        levels, at_once = self.node_period_steps is not None, self.delay_steps == 0
+        require("node_wire_format", self.node_wire_format, not lossy or levels, "needs sync.node_period_steps")
+        require("node_wire_format", self.node_wire_format, not lossy or at_once, "needs sync.delay_steps = 0")
+        shaped = self.ranks_per_node is not None
+        require("ranks_per_node", self.ranks_per_node, not shaped or levels, "needs sync.node_period_steps")
         steps = self.delay_steps
         whole = steps == "auto" or (isinstance(steps, int) and steps >= 0)
         require("delay_steps", steps, whole, "must be 0 or more local steps, or auto")
@@ -244,6 +258,10 @@ class SyncConfig:
                 mend = f"{said}; gradients have sync.gradient_format" if name == "wire_format" else said
                 require(name, value, value == idle, mend)
             return
+        inner = self.node_period_steps
+        whole = inner is None or all(period % inner == 0 for period in periods)
+        longer = ", ".join(str(period) for period in sorted(set(periods)))
+        require("node_period_steps", inner, whole, f"must divide the policy's periods above 1 ({longer} steps)")
         short = min(periods)
         for name in ("delay_steps", "fragments"):
             value = getattr(self, name)
@@ -355,6 +373,9 @@ def check_ranks(config: Config, ranks: int) -> None:
     Raises:
         ConfigError: another number of ranks than asked for, or more ranks than samples.
     """
+    node = config.sync.ranks_per_node
+    fits = node is None or ranks % node == 0
+    require("sync.ranks_per_node", node, fits, f"must divide the number of ranks ({ranks})")
     wanted = config.world.ranks
     if wanted is not None and wanted != ranks:
         raise ConfigError(

@@ -10,6 +10,7 @@ import torch
 
 from trainer.collectives import Collectives
 from trainer.wire import BLOCK, FORMATS, Cast, Format
+from trainer.world import World
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -165,6 +166,52 @@ class CodedExchange:
     def forget(self) -> None:
         """Nothing is owed any more."""
         self._owed = None
+
+
+class NodesExchange:
+    """Between nodes whose replicas are one: each rank averages a share, and a node puts its shares together."""
+
+    def __init__(self, between: Exchange, count: int, world: World) -> None:
+        self.lossy = between.lossy
+        self._between, self._count, self._world = between, count, world
+        self._share = share_of(count, world)
+
+    def means(
+        self, values: torch.Tensor, weights: Sequence[float], via: Collectives
+    ) -> Iterator[tuple[slice, torch.Tensor]]:
+        """`values` becomes what this rank's own share lost; other shares are other ranks' concern."""
+        assert via.within is not None
+        assert via.between is not None
+        local = self._world.local_size
+        nodes = [sum(weights[start : start + local]) for start in range(0, len(weights), local)]
+        mine = slice(self._world.local_rank * self._share, min((self._world.local_rank + 1) * self._share, self._count))
+        work_type = torch.promote_types(values.dtype, torch.float32) if self.lossy else values.dtype
+        shares = torch.zeros(local, self._share, dtype=work_type, device=values.device)
+        for chunk, mean in self._between.means(values[mine], nodes, via.between):
+            shares[self._world.local_rank, chunk] = mean
+        if self.lossy:
+            values[: mine.start].zero_()
+            values[mine.stop :].zero_()
+        whole = torch.empty_like(shares)
+        via.within.wait(via.within.begin_all_gather(whole, shares[self._world.local_rank].unsqueeze(0)))
+        yield slice(0, self._count), whole.view(-1)[: self._count]
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """What this rank's share lost."""
+        return self._between.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Go on from a checkpoint."""
+        self._between.load_state_dict(state)
+
+    def forget(self) -> None:
+        """Nothing is owed any more."""
+        self._between.forget()
+
+
+def share_of(count: int, world: World) -> int:
+    """Values that each rank of a node averages between nodes."""
+    return -(-count // world.local_size)
 
 
 def make_exchange(wire_format: str, dtype: torch.dtype, count: int, ranks: int, bucket_bytes: int) -> Exchange:

@@ -24,10 +24,10 @@ POWERSGD_FROM_STEP = 10  # DDP's buckets change after its first step, and early 
 class GradientAverage:
     """DDP round a model, put on and taken off: its buckets are a gradient's worth of memory."""
 
-    def __init__(self, model: nn.Module, collectives: Collectives, gradient_format: GradientFormat) -> None:
+    def __init__(self, model: nn.Module, gradient_format: GradientFormat) -> None:
         self.model = model
-        self.collectives = collectives
         self.gradient_format = gradient_format
+        self._via: Collectives | None = None
         self._parallel: DistributedDataParallel | None = None
         self._powersgd: PowerSGDState | None = None
 
@@ -41,20 +41,28 @@ class GradientAverage:
         """What to call in the forward pass."""
         return self._parallel or self.model
 
-    def put_on(self, *, find_unused: bool) -> None:
-        """Wrap the model afresh.
+    @property
+    def collectives(self) -> Collectives:
+        """Of the ranks that gradients are averaged over."""
+        assert self._via is not None
+        return self._via
+
+    def put_on(self, via: Collectives | None, *, find_unused: bool) -> None:
+        """Wrap the model afresh, to average gradients over these ranks; None takes the wrapper off.
 
         A fresh wrapper begins with the same buckets, and a compressor with no memory, wherever it is made; so a run
         that rewraps at a checkpoint goes on bit for bit as one that is resumed from it.
         """
         self.take_off()
-        if self.collectives.size == 1:
+        if via is None or via.size == 1:
             return
+        self._via = via
         with warnings.catch_warnings():
             # the name that every torch since 2.10 knows, and the only one that syncs no buffer here
             warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
             self._parallel = DistributedDataParallel(
                 self.model,
+                process_group=via.group,
                 broadcast_buffers=False,
                 gradient_as_bucket_view=True,
                 find_unused_parameters=find_unused,
@@ -62,7 +70,7 @@ class GradientAverage:
             )
         if self.gradient_format == "powersgd":
             self._powersgd = PowerSGDState(
-                self.collectives.group,
+                via.group,
                 matrix_approximation_rank=POWERSGD_RANK,
                 start_powerSGD_iter=POWERSGD_FROM_STEP,
                 orthogonalization_epsilon=1e-8,
@@ -71,7 +79,7 @@ class GradientAverage:
 
     def take_off(self) -> None:
         """Unwrap the model."""
-        self._parallel = self._powersgd = None
+        self._parallel = self._powersgd = self._via = None
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Gradients stay on this rank."""

@@ -9,8 +9,9 @@ import torch
 
 from trainer.collectives import Collectives
 from trainer.config import SyncConfig
-from trainer.exchange import Exchange, make_exchange
+from trainer.exchange import Exchange, NodesExchange, make_exchange, share_of
 from trainer.outer import Outer
+from trainer.world import World
 
 
 class Part:
@@ -20,30 +21,58 @@ class Part:
     taken, ranks send displacements from `base`, the last model that they agreed on; else they send their parameters.
     """
 
-    def __init__(self, values: torch.Tensor, settings: SyncConfig, ranks: int) -> None:
+    def __init__(self, values: torch.Tensor, settings: SyncConfig, world: World) -> None:
         self.values = values
         self._chunk = settings.bucket_bytes // 4
-        self._exchange: Exchange = make_exchange(
-            settings.wire_format, values.dtype, len(values), ranks, settings.bucket_bytes
-        )
+        self._exchange, self._within = self._exchanges(settings, world)
         self._mixing = settings.mixing
         self._base: torch.Tensor | None = None
         self._outer: Outer | None = None
-        if self._exchange.lossy or settings.outer != "none" or settings.mixing < 1:
+        lossy = self._exchange.lossy or (self._within is not None and self._within.lossy)
+        if lossy or settings.outer != "none" or settings.mixing < 1:
             self._base = values.to(torch.promote_types(values.dtype, torch.float32), copy=True)
             if settings.outer != "none":
                 self._outer = Outer(settings.outer, self._base, settings.outer_lr, settings.outer_momentum)
         self._outgoing: torch.Tensor | None = None
         """What is sent; then the mean, or what the wire format lost."""
+        self._owed_within: torch.Tensor | None = None
+        """What the wire format inside the node lost."""
         self._correction: torch.Tensor | None = None
         """Minus the snapshot; once the average is there, the average minus the snapshot."""
+
+    def _exchanges(self, settings: SyncConfig, world: World) -> tuple[Exchange, Exchange | None]:
+        """Between all ranks or nodes, and inside a node where that is another level."""
+        count, dtype, chunk_bytes = len(self.values), self.values.dtype, settings.bucket_bytes
+        if settings.node_period_steps is None or world.size == 1:
+            return make_exchange(settings.wire_format, dtype, count, world.size, chunk_bytes), None
+        nodes = world.size // world.local_size
+        share = share_of(count, world)
+        between = make_exchange(settings.wire_format, dtype, share, nodes, chunk_bytes)
+        within = make_exchange(settings.node_wire_format, dtype, count, world.local_size, chunk_bytes)
+        return NodesExchange(between, count, world), within
+
+    def average_within(self, weights: Sequence[float], via: Collectives) -> None:
+        """Make the node's replicas one, at once; `weights` and `via` are the node's."""
+        assert self._within is not None
+        if not self._within.lossy:
+            for chunk, mean in self._within.means(self.values, weights, via):
+                self.values[chunk] = mean
+            return
+        base = _present(self._base)
+        if self._owed_within is None:
+            self._owed_within = torch.zeros_like(base)
+        self._owed_within += self.values - base
+        for chunk, mean in self._within.means(self._owed_within, weights, via):
+            self.values[chunk] = base[chunk] + mean
 
     def rebase(self) -> None:
         """The replicas were made one by other means: displacements count from here, and nothing is owed."""
         if self._base is not None:
             self._base.copy_(self.values)
-            self._outgoing = None
-        self._exchange.forget()
+            self._outgoing = self._owed_within = None
+        for exchange in (self._exchange, self._within):
+            if exchange is not None:
+                exchange.forget()
 
     def snapshot(self) -> None:
         """Remember the replica as it is now, so that training may change it while it is averaged."""
@@ -114,9 +143,11 @@ class Part:
         """What later averages depend on, a transfer under way included (once it has arrived)."""
         outgoing = None if self._outgoing is self.values else self._outgoing
         kept = {"base": self._base, "outgoing": outgoing, "correction": self._correction}
+        kept["owed_within"] = self._owed_within
         return {
             **{name: tensor for name, tensor in kept.items() if tensor is not None},
             "exchange": self._exchange.state_dict(),
+            "within": None if self._within is None else self._within.state_dict(),
             "outer": None if self._outer is None else self._outer.state_dict(),
         }
 
@@ -127,7 +158,10 @@ class Part:
             self._base.copy_(state["base"])  # the outer optimizer holds this very storage
         self._outgoing = state["outgoing"].to(device) if "outgoing" in state else None
         self._correction = state["correction"].to(device) if "correction" in state else None
+        self._owed_within = state["owed_within"].to(device) if "owed_within" in state else None
         self._exchange.load_state_dict(state["exchange"])
+        if self._within is not None:
+            self._within.load_state_dict(state["within"])
         if self._outer is not None:
             self._outer.load_state_dict(state["outer"])
 

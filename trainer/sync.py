@@ -97,6 +97,8 @@ class LocalSGD:
         settings.check_plans(policy.plans())
         device = next(model.parameters()).device
         self.world = world or World.current(device)
+        if settings.ranks_per_node is not None:
+            self.world = self.world.with_nodes_of(settings.ranks_per_node)
         self.clock = clock or Clock(device)
         self.settings = settings
         self.optimizer = optimizer
@@ -108,7 +110,7 @@ class LocalSGD:
         self.rounds = 0
         self.stopping = False
         self._averager = Averager(self.replica, settings, self.collectives, self.clock)
-        self._parallel = GradientAverage(model, self.collectives, settings.gradient_format)
+        self._parallel = GradientAverage(model, settings.gradient_format)
         self._delay = Delay(settings)
         self._ledger = Ledger(device)
         self._stop_asked = False
@@ -205,11 +207,11 @@ class LocalSGD:
         """
         if not self._parallel.on:
             return lambda: math.isfinite(loss.item())
-        vote = self.collectives.begin_sum(loss)
+        vote = self._parallel.collectives.begin_sum(loss)
 
         def answer() -> bool:
             self.clock.overlap_ends()  # the backward pass, which this follows, has waited for the last gradient
-            return math.isfinite(self.collectives.end_sum(vote))
+            return math.isfinite(self._parallel.collectives.end_sum(vote))
 
         return answer
 
@@ -239,6 +241,8 @@ class LocalSGD:
         self._land(due=self.local_step)
         if self._round_steps >= self.plan.sync_period_steps:
             return self._end_round()
+        if self.settings.node_period_steps and self._round_steps % self.settings.node_period_steps == 0:
+            self._averager.average_within(self._averager.everything, self._ledger.samples)
         for fragment in self._averager.everything:
             last = fragment == self._averager.everything[-1]
             if not last and self._round_steps == self._turn(fragment):
@@ -402,8 +406,8 @@ class LocalSGD:
         """Period 1 needs one model, one optimizer state and one loss scale on all ranks."""
         if self.plan.sync_period_steps > 1:
             if before.sync_period_steps == 1:
-                self._parallel.take_off()
                 self._averager.rebase()
+                self.rewrap()
         elif before.sync_period_steps > 1:
             self._make_one()
             if self.settings.state == "keep":  # else it was averaged or reset with the parameters
@@ -415,11 +419,11 @@ class LocalSGD:
             self.rewrap()
 
     def rewrap(self) -> None:
-        """Put DDP round the model while the period is 1, and only then."""
+        """Put DDP round the model while gradients are averaged, over all ranks or a node's, and only then."""
+        via: Collectives | None = self.collectives
         if self.plan.sync_period_steps > 1:
-            self._parallel.take_off()
-        else:
-            self._parallel.put_on(find_unused=self._find_unused)
+            via = self.collectives.within if self.settings.node_period_steps == 1 else None
+        self._parallel.put_on(via, find_unused=self._find_unused)
 
     # ---- the learning rate follows the batch
 

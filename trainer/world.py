@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import cached_property
 from typing import Any
@@ -48,6 +48,16 @@ class World:
             launch = Launch(rank, size, rank, size)
         return World(rank, size, launch.local_rank, launch.local_size, launch.node, device)
 
+    def with_nodes_of(self, ranks: int) -> World:
+        """This world with nodes of so many consecutive ranks, whatever the launcher said.
+
+        Raises:
+            ConfigError: it does not divide the number of ranks.
+        """
+        if self.size % ranks:
+            raise ConfigError(f"ranks_per_node = {ranks}: must divide the number of ranks ({self.size})")
+        return replace(self, local_rank=self.rank % ranks, local_size=ranks, node=self.rank // ranks)
+
     @contextmanager
     def collective(self, operation: str) -> Iterator[None]:
         """What ranks do together: a failure in it names the operation and this rank.
@@ -73,6 +83,10 @@ class World:
         Raises:
             ConfigError: nodes with different numbers of ranks.
         """
+        return self.new_mesh()
+
+    def new_mesh(self) -> DeviceMesh:
+        """Another mesh, with groups of its own, for collectives that run beside those of `mesh`."""
         if self.size % self.local_size:
             raise ConfigError(f"{self.size} ranks, {self.local_size} on node {self.node}: every node needs as many")
         shape = (self.size // self.local_size, self.local_size)

@@ -28,57 +28,31 @@ import torch.distributed as dist
 from benchmarks.peers.methods import METHODS
 from benchmarks.provenance import provenance
 from benchmarks.shaped import hosts, interface_bytes, write_table
+from benchmarks.work import BATCH, PERIOD, Work
 from trainer.collectives import Collectives
-from trainer.config import Config, OptimConfig, RunConfig, StepConfig, WorldConfig
-from trainer.data import ShardStream, Transform, open_part, shard_of, split_evenly
-from trainer.optim import build_optimizer, learning_rate, set_learning_rate
-from trainer.step import LocalStep
-from trainer.tasks import build_model, loss_function
+from trainer.config import WorldConfig
 from trainer.world import open_world
 
 RESULTS = Path("benchmarks/results/peers")
-BATCH, PERIOD, SAMPLES = 32, 16, 118_784
 DEFAULT = [name for name in METHODS if name not in ("ddp", "ebbtide_int4_period_32", "ebbtide_int4_period_64")]
 
 
 def worker(name: str, seed: int, steps: int | None, out: Path) -> None:
     """One rank of one run; rank 0 writes what the slowest rank took, and the accuracy of the final model."""
     torch.set_num_threads(1)
-    config = Config(run=RunConfig(seed=seed, samples=SAMPLES), optim=OptimConfig())
     with open_world(WorldConfig(backend="gloo")) as world:
-        part, test = (open_part(config.data, train=train, seed=seed) for train in (True, False))
-        shard = part.subset(shard_of("iid", len(part), world.size, world.rank, seed))
-        stream = ShardStream(shard, config.data, world, seed)
-        torch.manual_seed(seed)
-        model = build_model(config.task, shard.classes, 1, 28)
-        loss_fn = loss_function(config.task)
-        optimizer = build_optimizer(config.optim, model.parameters())
-        total = SAMPLES // (BATCH * world.size)
-        with METHODS[name](model, optimizer, world, BATCH, PERIOD) as method:
-            for _ in range(3):  # warm the kernels up, without a trace
-                loss_fn(model(stream.transform(shard_batch(shard)[0])), shard_batch(shard)[1]).backward()
-            optimizer.zero_grad()
+        work = Work.of(world, seed)
+        done = min(steps or work.steps, work.steps)
+        with METHODS[name](work.model, work.optimizer, world, BATCH, PERIOD) as method:
             dist.barrier()
             sent, began = interface_bytes(), time.perf_counter()
-            for step in range(min(steps or total, total)):
-                x, y = stream.take(BATCH)
-                set_learning_rate(optimizer, learning_rate(config.optim, step * BATCH * world.size, SAMPLES))
-                method.optimizer.zero_grad()
-                loss = loss_fn(method.model(x), y)
-                loss.backward()
-                method.optimizer.step()
-                method.step(loss)
+            work.train(done, method.model, method.optimizer, method.step)
             method.finish()
             took = time.perf_counter() - began
             sent = interface_bytes() - sent
-        via = Collectives(world, None, 2**20)
-        done = min(steps or total, total)
-        ranks = via.gather({"elapsed_s": took, "sent_bytes": sent, "weights": float(checksum(model.parameters()))})
-        model.eval()
-        transform = Transform.of(test, config.data, world.device, train=False)
-        evaluated = LocalStep(StepConfig(), config.optim, loss_fn, world.device).evaluate(
-            model, split_evenly(test, world, 500, transform), via
-        )
+        figures = {"elapsed_s": took, "sent_bytes": sent, "weights": checksum(work.model.parameters())}
+        ranks = Collectives(world, None, 2**20).gather(figures)
+        accuracy = work.accuracy()
     if world.rank == 0:
         result = {
             "method": name,
@@ -89,20 +63,15 @@ def worker(name: str, seed: int, steps: int | None, out: Path) -> None:
             "elapsed_s": max(rank["elapsed_s"] for rank in ranks),
             "sent_bytes": max(rank["sent_bytes"] for rank in ranks),
             "one_model": len({rank["weights"] for rank in ranks}) == 1,
-            "test_accuracy": evaluated.accuracy,
+            "test_accuracy": accuracy,
             "versions": {package: _version(package) for package in ("torch", "accelerate", "torchft")},
         }
         out.write_text(json.dumps(result | {"provenance": provenance()}, indent=1) + "\n")
 
 
-def shard_batch(shard: Any) -> Any:
-    """The shard's first batch, outside the stream."""
-    return shard.items[:BATCH]
-
-
-def checksum(parameters: Iterable[torch.Tensor]) -> torch.Tensor:
+def checksum(parameters: Iterable[torch.Tensor]) -> float:
     """A number that replicas share if they are one."""
-    return torch.stack([parameter.detach().double().sum() for parameter in parameters]).sum()
+    return float(torch.stack([parameter.detach().double().sum() for parameter in parameters]).sum())
 
 
 def _version(package: str) -> str:
@@ -140,7 +109,8 @@ def rows(found: list[dict[str, Any]]) -> list[list[str]]:
 
 def step_s(runs: list[dict[str, Any]]) -> float:
     """Median seconds a local step."""
-    return statistics.median(run["elapsed_s"] / run["local_steps"] for run in runs)
+    seconds: list[float] = [run["elapsed_s"] / run["local_steps"] for run in runs]
+    return statistics.median(seconds)
 
 
 def main() -> None:

@@ -83,7 +83,9 @@ def torchft_manager(model: nn.Module, optimizer: Optimizer, world: World) -> Ite
             lighthouse = LighthouseServer(bind=f"{here}:{LIGHTHOUSE_PORT}", min_replicas=world.size)
             stack.callback(lighthouse.shutdown)
         dist.barrier()
-        store = dist.TCPStore(here, 0, 1, is_master=True, wait_for_workers=False)
+        store = dist.TCPStore(  # type: ignore[attr-defined]  # compiled, and not listed
+            here, 0, 1, is_master=True, wait_for_workers=False
+        )
         manager = Manager(
             pg=ProcessGroupGloo(),
             min_replica_size=world.size,
