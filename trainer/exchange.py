@@ -17,6 +17,7 @@ B = TypeVar("B")
 C = TypeVar("C")
 D = TypeVar("D")
 CHUNKS, LEAST_CHUNK_VALUES = 16, 2**17
+AHEAD = 2  # chunks under way while one is decoded
 HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -67,6 +68,66 @@ class WholeExchange:
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Nothing is lost."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Nothing to go on from."""
+
+    def forget(self) -> None:
+        """Nothing is owed."""
+
+
+class PairExchange:
+    """Two ranks show one another their encoded values: as many bytes as by way of a summing rank, and one rounding."""
+
+    lossy = True
+
+    def __init__(self, chunk_values: int, format: Format) -> None:
+        self._format, self._chunk = format, max(1, chunk_values // BLOCK) * BLOCK
+
+    def means(
+        self, values: torch.Tensor, weights: Sequence[float], via: Collectives
+    ) -> Iterator[tuple[slice, torch.Tensor]]:
+        """`values` becomes what was lost."""
+        work_type = torch.promote_types(values.dtype, torch.float32)
+        begun: deque[tuple[slice, torch.Tensor, torch.Tensor, Any]] = deque()
+        for chunk in _chunks(len(values), self._chunk):
+            begun.append(self._show(values, chunk, work_type, via))
+            if len(begun) > AHEAD:
+                yield self._mean(begun.popleft(), weights, via)
+        while begun:
+            yield self._mean(begun.popleft(), weights, via)
+
+    def _show(
+        self, values: torch.Tensor, chunk: slice, work_type: torch.dtype, via: Collectives
+    ) -> tuple[slice, torch.Tensor, torch.Tensor, Any]:
+        part = values[chunk]
+        rows = part.unsqueeze(0)
+        if len(part) % BLOCK:
+            rows = part.new_zeros(1, -(-len(part) // BLOCK) * BLOCK)
+            rows[0, : len(part)] = part
+        coded = torch.empty(1, self._format.row_bytes(rows.shape[1]), dtype=torch.uint8, device=values.device)
+        self._format.encode(rows, coded)
+        mine = torch.empty(rows.shape[1], dtype=work_type, device=values.device)
+        self._format.decode(coded, mine.unsqueeze(0))
+        part.sub_(mine[: len(part)])
+        both = coded.new_empty(2, coded.shape[1])
+        return chunk, mine, both, via.begin_all_gather(both, coded)
+
+    def _mean(
+        self, begun: tuple[slice, torch.Tensor, torch.Tensor, Any], weights: Sequence[float], via: Collectives
+    ) -> tuple[slice, torch.Tensor]:
+        chunk, mine, both, work = begun
+        via.wait(work)
+        theirs = torch.empty_like(mine)
+        other = 1 - via.rank
+        self._format.decode(both[other : other + 1], theirs.unsqueeze(0))
+        # products first, then their sum: the same bits whichever of the two is one's own
+        mean = mine.mul_(weights[via.rank]).add_(theirs.mul_(weights[other]))
+        return chunk, mean[: chunk.stop - chunk.start]
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Nothing is owed besides what stays in the values."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
@@ -221,6 +282,8 @@ def make_exchange(wire_format: str, dtype: torch.dtype, count: int, ranks: int, 
     round at every hop.
     """
     chunk_values = max(1, bucket_bytes // 4)
+    if wire_format != "float32" and ranks == 2:
+        return PairExchange(min(chunk_values, max(count // CHUNKS, LEAST_CHUNK_VALUES)), FORMATS[wire_format])
     if wire_format != "float32":
         return CodedExchange(count, ranks, chunk_values, FORMATS[wire_format], feedback=True)
     if dtype in HALVES:

@@ -95,10 +95,12 @@ class Part:
         norm = torch.zeros((), dtype=torch.float64, device=self.values.device)
         for start in range(0, len(self.values), self._chunk):
             chunk = slice(start, start + self._chunk)
-            now = _present(self._correction)[chunk].neg() if delayed else self.values[chunk]
-            moved = now - self._base[chunk]
-            norm += _squared(moved)
-            self._outgoing[chunk] += moved
+            if delayed:
+                back = self._base[chunk] + _present(self._correction)[chunk]
+            else:
+                back = self._base[chunk] - self.values[chunk]
+            norm += torch.dot(back, back)  # of displacements, so that few digits cancel
+            self._outgoing[chunk] -= back
         return norm.item()
 
     def exchange(
@@ -109,7 +111,7 @@ class Part:
         displacement = torch.empty_like(outgoing) if outer is not None else None
         norm = torch.zeros((), dtype=torch.float64, device=self.values.device)
         for chunk, mean in self._exchange.means(outgoing, weights, via):
-            norm += _squared(mean)
+            norm += _squared(mean) if self._base is None else torch.dot(mean, mean)
             if displacement is not None:
                 displacement[chunk] = mean
             elif self._base is not None:
