@@ -61,7 +61,7 @@ def measure(rate: str, count: int, out: Path, *, quick: bool, bucket_bytes: int)
     """One setting, on hosts of its own."""
     sizes = list(SIZES.values())[: 1 if quick else 2]
     repeats = 3 if quick else 7
-    with hosts(count, rate) as shaped:
+    with hosts(count, rate, mtu=1500) as shaped:
         shaped.run(
             "benchmarks.sync_cost",
             "--worker",
