@@ -348,6 +348,50 @@ def traffic(world: World, settings: SyncConfig) -> tuple[float, float]:
         return within.sent_bytes, between.sent_bytes
 
 
+# ---- gradients in fewer bits, and a world of one
+
+
+def compressed(world: World, gradient_format: Any) -> tuple[Values, list[float]]:
+    """The weights at the end, and the bytes of each local step at period 1."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Linear(64, CLASSES, bias=False))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    settings = SyncConfig(gradient_format=gradient_format, observe_steps=100)
+    sent = []
+    with LocalSGD(model, optimizer, Constant(Plan(8, 1)), settings=settings, world=world) as sync:
+        for step in range(14):
+            before = sync.collectives.sent_bytes
+            draw = torch.Generator().manual_seed(100 * world.rank + step)
+            optimizer.zero_grad()
+            loss = sync.model(torch.randn(8, 64, generator=draw)).square().mean()
+            loss.backward()
+            optimizer.step()
+            sync.step(loss, samples=8)
+            sent.append(sync.collectives.sent_bytes - before)
+    return torch.cat([parameter.detach().reshape(-1) for parameter in model.parameters()]), sent
+
+
+def test_gradients_in_fewer_bits_keep_replicas_one() -> None:
+    exact, sent = run(2, compressed, "float32")[0]
+    assert set(sent) == {4 * 64 * (64 + CLASSES)}
+    first, second = run(2, compressed, "bf16")
+    assert torch.equal(first[0], second[0])
+    assert set(first[1]) == {2 * 64 * (64 + CLASSES)}
+    torch.testing.assert_close(first[0], exact, rtol=0, atol=2e-3)
+    first, second = run(2, compressed, "powersgd")
+    assert torch.equal(first[0], second[0])
+    assert first[1][0] == sent[0], "early steps are exact"
+    assert first[1][-1] < sent[0] / 4
+    torch.testing.assert_close(first[0], exact, rtol=0, atol=2e-2)
+
+
+@pytest.mark.parametrize("settings", [{"wire_format": "int4", "delay_steps": 3}, {"node_period_steps": 2}])
+def test_a_world_of_one_loses_nothing_whatever_the_settings(settings: dict[str, Any]) -> None:
+    (plain, _) = train(World(), SyncConfig(), Constant(Plan(8, 4)), 10)
+    (ours, _) = train(World(), SyncConfig(**settings), Constant(Plan(8, 4)), 10)
+    assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
+
+
 # ---- faults
 
 

@@ -29,6 +29,7 @@ LAYERS = [
     "controller",
     "replica",
     "ledger",
+    "rounds",
     "part",
     "averaging",
     "delay",

@@ -185,7 +185,7 @@ class Averager:
             return self._exchange(parts, header, carried, began, delayed=delayed, plainly=plainly)
 
         pending: Pending = self._background.submit(work) if delayed and self._background else Done(work())
-        due = local_step + delay_steps
+        due = local_step + (delay_steps if delayed else 0)
         transfer = Transfer(tuple(fragments), delayed, ends_round, local_step, due, pending, carried)
         self.flying.append(transfer)
         return transfer

@@ -17,8 +17,9 @@ T = TypeVar("T")
 class Task(Generic[T]):
     """Work that was handed over; `result` waits for it."""
 
-    def __init__(self, work: Callable[[], T], ready: torch.cuda.Event | None) -> None:
-        self.work, self.ready = work, ready
+    def __init__(self, work: Callable[[], T], device: torch.device) -> None:
+        self.work, self._device = work, device
+        self.ready = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
         self.future: Future[T] = Future()
         self.finished: torch.cuda.Event | None = None
 
@@ -26,7 +27,7 @@ class Task(Generic[T]):
         """What the work returned, and on CUDA the current stream goes on after it; its error, where it failed."""
         result = self.future.result()
         if self.finished is not None:
-            torch.cuda.current_stream().wait_event(self.finished)
+            torch.cuda.current_stream(self._device).wait_event(self.finished)
         return result
 
 
@@ -34,6 +35,7 @@ class Background:
     """A thread that dies with the process: a peer that never answers keeps nobody from leaving."""
 
     def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # no annotations in torch
@@ -42,7 +44,7 @@ class Background:
 
     def submit(self, work: Callable[[], T]) -> Task[T]:
         """Run `work` after all that was submitted before, and after what this thread has queued on the device."""
-        task = Task(work, torch.cuda.current_stream().record_event() if self._stream is not None else None)
+        task = Task(work, self._device)
         self._queue.put(task)
         return task
 

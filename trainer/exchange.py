@@ -282,6 +282,8 @@ def make_exchange(wire_format: str, dtype: torch.dtype, count: int, ranks: int, 
     round at every hop.
     """
     chunk_values = max(1, bucket_bytes // 4)
+    if ranks == 1:
+        return WholeExchange(chunk_values)
     if wire_format != "float32" and ranks == 2:
         return PairExchange(min(chunk_values, max(count // CHUNKS, LEAST_CHUNK_VALUES)), FORMATS[wire_format])
     if wire_format != "float32":

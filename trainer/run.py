@@ -25,8 +25,9 @@ from trainer.optim import learning_rate
 from trainer.policies import policy_name
 from trainer.records import Records, open_records, prepare_folder
 from trainer.reference import recorded_reference
+from trainer.rounds import Round
 from trainer.step import LocalStep
-from trainer.sync import LocalSGD, Round
+from trainer.sync import LocalSGD
 from trainer.tasks import build_model, loss_function
 from trainer.world import World, versions
 

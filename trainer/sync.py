@@ -6,7 +6,6 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Any
 
@@ -18,41 +17,16 @@ from trainer.averaging import AGREED, Averager, Header
 from trainer.clock import Clock
 from trainer.collectives import Collectives
 from trainer.config import SyncConfig
-from trainer.controller import Controller, Phase
+from trainer.controller import Controller
 from trainer.data import ShardStream
 from trainer.delay import Delay
-from trainer.ledger import Ledger, compare, reduce
+from trainer.ledger import Ledger, compare
 from trainer.parallel import GradientAverage
-from trainer.plan import Observation, Plan
+from trainer.plan import Plan
 from trainer.policies import Policy
 from trainer.replica import Replica, recalibrate
+from trainer.rounds import Round, Rounds
 from trainer.world import World
-
-
-@dataclass(frozen=True)
-class Round:
-    """What the ranks told one another about a round, and what came of it."""
-
-    seen: Observation
-    phase: Phase
-    """The phase that this round belonged to."""
-    next_phase: Phase | None
-    """The phase that begins now, where one does."""
-    skipped_in_a_row: int
-    """The most local steps that any rank had skipped one after another."""
-    delay_steps: int
-    """Local steps between sending the replicas and taking their average."""
-
-
-@dataclass(frozen=True)
-class Told:
-    """What ranks have told one another, and the controller has not yet heard."""
-
-    seen: Observation
-    phase: Phase
-    skipped_in_a_row: int
-    delay_steps: int
-    no_gradient: bool
 
 
 class LocalSGD:
@@ -108,20 +82,14 @@ class LocalSGD:
         self.controller = Controller(policy)
         self.local_step = 0
         self.rounds = 0
-        self.stopping = False
         self._averager = Averager(self.replica, settings, self.collectives, self.clock)
         self._parallel = GradientAverage(model, settings.gradient_format)
         self._delay = Delay(settings)
         self._ledger = Ledger(device)
+        self._told = Rounds(self.controller)
         self._stop_asked = False
-        self._agreed_samples = 0  # trained by all ranks, as far as they have told one another
-        self._sent_samples = 0  # of this rank, in rounds whose average is under way
-        self._sent_phases: dict[int, Phase] = {}  # of those rounds, by number
-        self._told: list[Told] = []
         self._are_one = True  # the replicas
         self._round_steps = 0
-        self._find_unused = settings.find_unused_parameters
-        self._accuracy = math.nan
         self._batch_samples: int | None = None
         self._hooks: list[Any] = []
         self._lrs: list[float] = []
@@ -165,9 +133,14 @@ class LocalSGD:
         return self.controller.plan
 
     @property
+    def stopping(self) -> bool:
+        """Some rank was asked to stop, and all know."""
+        return self._told.stopping
+
+    @property
     def samples(self) -> int:
         """Samples trained so far, over all ranks."""
-        return self._agreed_samples + (self._sent_samples + self._ledger.samples) * self.world.size
+        return self._told.samples(self._ledger.samples, self.world.size)
 
     @property
     def lr_scale(self) -> float:
@@ -262,7 +235,7 @@ class LocalSGD:
         ended = self._end_round() if self._round_steps else []
         self._make_one()
         ran = self.plan
-        ended += self._decide()
+        ended += self._told.decide()
         self._enter_plan(ran)
         return ended
 
@@ -297,7 +270,7 @@ class LocalSGD:
 
     def saw_accuracy(self, accuracy: float) -> None:
         """Tell the policy an evaluation's result (the same number on every rank)."""
-        self._accuracy = accuracy
+        self._told.accuracy = accuracy
 
     # ---- a round's end
 
@@ -309,22 +282,23 @@ class LocalSGD:
     def _end_round(self) -> list[Round]:
         self.rounds += 1
         self._round_steps = 0
-        self._sent_phases[self.rounds] = self.controller.phase
         header = self._header()
-        self._sent_samples += self._ledger.samples
+        self._told.send(header)
         self._ledger.begin(self.clock.read())
         ran = self.plan
-        heard = self._decide()  # of earlier rounds: the Plan may change now
+        heard = self._told.decide()  # of earlier rounds: the Plan may change now
         last = self._averager.everything[-1:]
         self._averager.send(last, header, self.local_step, self._delay_steps(), ends_round=True)
         self._land(due=self.local_step)
-        heard += self._decide()
+        heard += self._told.decide()
         self._enter_plan(ran)
         return heard
 
     def _observe(self) -> list[Round]:
         """At period 1: compare and decide."""
-        headers = self.collectives.gather(self._header())
+        header = self._header()
+        self._told.send(header)
+        headers = self.collectives.gather(header)
         compare(headers, AGREED)
         if len({header["samples"] for header in headers}) > 1:
             warnings.warn(
@@ -333,9 +307,9 @@ class LocalSGD:
                 stacklevel=4,
             )
         self._ledger.begin(self.clock.read())
-        self._tell(headers, self.controller.phase)
+        self._told.tell(headers)
         ran = self.plan
-        ended = self._decide()
+        ended = self._told.decide()
         self._enter_plan(ran)
         return ended
 
@@ -347,30 +321,7 @@ class LocalSGD:
             whole = transfer.fragments == tuple(self._averager.everything) and self.settings.mixing == 1
             self._are_one |= whole and transfer.sent_at == self.local_step
             if transfer.ends_round:
-                mine = arrived.headers[self.world.rank]
-                self._sent_samples -= int(mine["samples"])
-                phase = self._sent_phases.pop(int(mine["round"]))
-                self._tell(arrived.headers, phase, arrived.divergence, transfer.land_at - transfer.sent_at)
-
-    def _tell(self, headers: list[Header], phase: Phase, divergence: float = math.nan, delay_steps: int = 0) -> None:
-        """Keep what ranks told one another until the controller is asked."""
-        seen = reduce(headers, self._agreed_samples, self._accuracy, divergence)
-        self._agreed_samples = seen.samples
-        self.stopping = self.stopping or any(header["stop"] for header in headers)
-        in_a_row = int(max(header["in_a_row"] for header in headers))
-        no_gradient = any(header["no_gradient"] for header in headers)
-        self._told.append(Told(seen, phase, in_a_row, delay_steps, no_gradient))
-
-    def _decide(self) -> list[Round]:
-        """Ask the controller, between two rounds: the same on every rank."""
-        ended = []
-        for told in self._told:
-            changed = self.controller.observe(told.seen)
-            self._find_unused |= changed and told.no_gradient
-            next_phase = self.controller.phase if changed else None
-            ended.append(Round(told.seen, told.phase, next_phase, told.skipped_in_a_row, told.delay_steps))
-        self._told.clear()
-        return ended
+                self._told.tell(arrived.headers, arrived.divergence, transfer.land_at - transfer.sent_at)
 
     def _header(self) -> Header:
         return {
@@ -423,7 +374,7 @@ class LocalSGD:
         via: Collectives | None = self.collectives
         if self.plan.sync_period_steps > 1:
             via = self.collectives.within if self.settings.node_period_steps == 1 else None
-        self._parallel.put_on(via, find_unused=self._find_unused)
+        self._parallel.put_on(via, find_unused=self.settings.find_unused_parameters or self._told.no_gradient)
 
     # ---- the learning rate follows the batch
 
@@ -445,17 +396,11 @@ class LocalSGD:
         return {
             "local_step": self.local_step,
             "rounds": self.rounds,
-            "agreed_samples": self._agreed_samples,
             "round_steps": self._round_steps,
             "ledger": self._ledger.state_dict(),
-            "accuracy": self._accuracy,
-            "find_unused": self._find_unused,
-            "controller": self.controller.state_dict(),
+            "told": self._told.state_dict(),
             "averager": self._averager.state_dict(),
             "delay": self._delay.state_dict(),
-            "sent_samples": self._sent_samples,
-            "sent_phases": {number: asdict(phase) for number, phase in self._sent_phases.items()},
-            "told": [asdict(told) for told in self._told],
             "are_one": self._are_one,
             "sent_bytes": self.collectives.sent_bytes,
             "clock": self.clock.state_dict(),
@@ -464,18 +409,11 @@ class LocalSGD:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint: called inside the `with` block, once model and optimizer are loaded."""
         self.local_step, self.rounds = state["local_step"], state["rounds"]
-        self._agreed_samples, self._round_steps = state["agreed_samples"], state["round_steps"]
+        self._round_steps, self._are_one = state["round_steps"], state["are_one"]
         self._ledger.load_state_dict(state["ledger"])
-        self._accuracy, self._find_unused = state["accuracy"], state["find_unused"]
-        self.controller.load_state_dict(state["controller"])
+        self._told.load_state_dict(state["told"])
         self._averager.load_state_dict(state["averager"])
         self._delay.load_state_dict(state["delay"])
-        self._sent_samples, self._are_one = state["sent_samples"], state["are_one"]
-        self._sent_phases = {number: Phase.restored(phase) for number, phase in state["sent_phases"].items()}
-        self._told = [
-            Told(**told | {"seen": Observation(**told["seen"]), "phase": Phase.restored(told["phase"])})
-            for told in state["told"]
-        ]
         self.collectives.sent_bytes = state["sent_bytes"]
         self.clock.load_state_dict(state["clock"])
         self.rewrap()

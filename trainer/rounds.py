@@ -1,0 +1,114 @@
+"""What ranks told one another about their rounds, and the controller's answer at the next round's end."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from trainer.controller import Controller, Phase
+from trainer.ledger import Header, reduce
+from trainer.plan import Observation
+
+
+@dataclass(frozen=True)
+class Round:
+    """What the ranks told one another about a round, and what came of it."""
+
+    seen: Observation
+    phase: Phase
+    """The phase that this round belonged to."""
+    next_phase: Phase | None
+    """The phase that begins now, where one does."""
+    skipped_in_a_row: int
+    """The most local steps that any rank had skipped one after another."""
+    delay_steps: int
+    """Local steps between sending the replicas and taking their average."""
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A round that this rank has told the others of, without having heard of theirs."""
+
+    phase: Phase
+    samples: int
+    """Trained by this rank."""
+
+
+@dataclass(frozen=True)
+class Told:
+    """A round that all ranks have told of; the controller has not yet heard."""
+
+    seen: Observation
+    phase: Phase
+    skipped_in_a_row: int
+    delay_steps: int
+    no_gradient: bool
+
+
+class Rounds:
+    """Carries rounds from the ranks to the controller, in order and the same on every rank."""
+
+    def __init__(self, controller: Controller) -> None:
+        self.controller = controller
+        self.stopping = False
+        """Some rank was asked to stop."""
+        self.no_gradient = False
+        """When a phase last began, some backward pass had left a parameter out."""
+        self.accuracy = math.nan
+        """The latest evaluation's."""
+        self._agreed_samples = 0
+        self._sent: dict[int, Sent] = {}
+        self._told: list[Told] = []
+
+    def samples(self, here: int, ranks: int) -> int:
+        """Trained by all ranks, if all trained as much as this one since they last told; `here` is not yet sent."""
+        return self._agreed_samples + (sum(sent.samples for sent in self._sent.values()) + here) * ranks
+
+    def send(self, header: Header) -> None:
+        """This rank's header of a round is on its way to the others."""
+        self._sent[int(header["round"])] = Sent(self.controller.phase, int(header["samples"]))
+
+    def tell(self, headers: Sequence[Header], divergence: float = math.nan, delay_steps: int = 0) -> None:
+        """All ranks' headers of a round are there; keep what they come to until the controller is asked."""
+        sent = self._sent.pop(int(headers[0]["round"]))
+        seen = reduce(headers, self._agreed_samples, self.accuracy, divergence)
+        self._agreed_samples = seen.samples
+        self.stopping = self.stopping or any(header["stop"] for header in headers)
+        in_a_row = int(max(header["in_a_row"] for header in headers))
+        no_gradient = any(header["no_gradient"] for header in headers)
+        self._told.append(Told(seen, sent.phase, in_a_row, delay_steps, no_gradient))
+
+    def decide(self) -> list[Round]:
+        """Let the controller hear what was told, between two rounds; the rounds that it heard of."""
+        heard = []
+        for told in self._told:
+            changed = self.controller.observe(told.seen)
+            self.no_gradient |= changed and told.no_gradient
+            next_phase = self.controller.phase if changed else None
+            heard.append(Round(told.seen, told.phase, next_phase, told.skipped_in_a_row, told.delay_steps))
+        self._told.clear()
+        return heard
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {
+            "controller": self.controller.state_dict(),
+            "no_gradient": self.no_gradient,
+            "accuracy": self.accuracy,
+            "agreed_samples": self._agreed_samples,
+            "sent": {number: asdict(sent) for number, sent in self._sent.items()},
+            "told": [asdict(told) for told in self._told],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self.controller.load_state_dict(state["controller"])
+        self.no_gradient, self.accuracy = state["no_gradient"], state["accuracy"]
+        self._agreed_samples = state["agreed_samples"]
+        self._sent = {n: Sent(Phase.restored(sent["phase"]), sent["samples"]) for n, sent in state["sent"].items()}
+        self._told = [
+            Told(**told | {"seen": Observation(**told["seen"]), "phase": Phase.restored(told["phase"])})
+            for told in state["told"]
+        ]
