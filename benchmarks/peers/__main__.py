@@ -28,13 +28,13 @@ import torch.distributed as dist
 from benchmarks.peers.methods import METHODS
 from benchmarks.provenance import provenance
 from benchmarks.shaped import hosts, interface_bytes, write_table
-from benchmarks.work import BATCH, PERIOD, Work
+from benchmarks.work import BATCH, PERIOD, SAMPLES, Work
 from trainer.collectives import Collectives
 from trainer.config import WorldConfig
 from trainer.world import open_world
 
 RESULTS = Path("benchmarks/results/peers")
-DEFAULT = [name for name in METHODS if name not in ("ddp", "ebbtide_int4_period_32", "ebbtide_int4_period_64")]
+DEFAULT = ["alone", "ebbtide", "ebbtide_int4", "post_local_sgd", "accelerate", "torchft_local_sgd", "torchft_diloco"]
 
 
 def worker(name: str, seed: int, steps: int | None, out: Path) -> None:
@@ -89,18 +89,19 @@ def rows(found: list[dict[str, Any]]) -> list[list[str]]:
     base = [run["elapsed_s"] / run["local_steps"] for run in by_method.get("alone", [])]
     lines = []
     for name, runs in sorted(by_method.items(), key=lambda item: step_s(item[1])):
-        accuracy = [run["test_accuracy"] for run in runs]
-        spread = f" ± {statistics.stdev(accuracy):.4f}" if len(runs) > 1 else ""
-        seconds = [run["elapsed_s"] for run in runs]
+        whole = [run for run in runs if run["samples"] == SAMPLES]
+        accuracy = [run["test_accuracy"] for run in whole if run["one_model"]]
+        spread = f" ± {statistics.stdev(accuracy):.4f}" if len(accuracy) > 1 else ""
+        seconds = [run["elapsed_s"] for run in whole]
         lines.append(
             [
                 f"`{name}`",
-                f"{statistics.median(seconds):.1f}",
-                f"{min(seconds):.1f} to {max(seconds):.1f}",
+                f"{statistics.median(seconds):.1f}" if seconds else f"not run whole: {runs[0]['local_steps']} steps",
+                f"{min(seconds):.1f} to {max(seconds):.1f}" if seconds else "",
+                f"{1000 * step_s(runs):.1f}",
                 f"{step_s(runs) / statistics.median(base):.2f}" if base else "",
-                f"{statistics.mean(accuracy):.4f}{spread}" if name != "alone" else "",
-                f"{statistics.median(run['sent_bytes'] for run in runs) / 1e6:.0f}",
-                f"{runs[0]['local_steps']}",
+                f"{statistics.mean(accuracy):.4f}{spread}" if accuracy else "",
+                f"{1000 * statistics.median(run['sent_bytes'] / run['local_steps'] for run in runs) / 1e6:.0f}",
                 str(len(runs)),
             ]
         )
@@ -141,7 +142,8 @@ def main() -> None:
                         "benchmarks.peers", *limit, "--worker", name, str(seed), str(out.resolve()), timeout_s=1800
                     )
                 print(name, seed, json.loads(out.read_text())["elapsed_s"], flush=True)
-    head = ["method", "median s", "range", "of compute alone", "test accuracy", "MB sent a rank", "steps", "seeds"]
+    head = ["method", "median s", "range", "ms a step", "of compute alone", "test accuracy"]
+    head += ["MB sent a rank in 1,000 steps", "seeds"]
     found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     table = Path(tempfile.mkdtemp()) / "table.md" if args.quick else RESULTS.parent / f"peers-{place}.md"
     print(write_table(table, head, rows(found)))
