@@ -11,6 +11,7 @@ import torch
 from ranks import run
 from torch import nn
 
+from trainer import PostLocal, SyncConfig
 from trainer.controller import Controller
 from trainer.plan import Observation
 from trainer.policies import POLICIES, policy_class
@@ -49,6 +50,13 @@ def test_the_loop_of_ones_own(size: int) -> None:
         assert samples == 4000
         assert torch.equal(weights, results[0][1])
         assert after < before / 3
+
+
+def test_the_settings_of_a_slow_network() -> None:
+    model = nn.Linear(3, 2)
+    mine: dict[str, Any] = {"model": model, "optimizer": torch.optim.SGD(model.parameters()), "policy": PostLocal()}
+    exec("from trainer import LocalSGD\n" + block_with("settings = SyncConfig"), mine)
+    assert mine["sync"].settings == SyncConfig(wire_format="int8", delay_steps="auto", fragments=2)
 
 
 def test_the_policy_of_ones_own() -> None:

@@ -147,8 +147,6 @@ class CodedExchange:
     def __init__(self, count: int, ranks: int, chunk_values: int, format: Format, *, feedback: bool) -> None:
         self.lossy = feedback
         self._format, self._ranks = format, ranks
-        # enough chunks that one's encoding hides another's transfer, each large enough to be worth a collective
-        chunk_values = min(chunk_values, max(count // CHUNKS, LEAST_CHUNK_VALUES))
         self._chunk = max(1, chunk_values // (ranks * BLOCK)) * ranks * BLOCK
         self._count = count
         self._owed: torch.Tensor | None = None
@@ -275,17 +273,22 @@ def share_of(count: int, world: World) -> int:
     return -(-count // world.local_size)
 
 
-def make_exchange(wire_format: str, dtype: torch.dtype, count: int, ranks: int, bucket_bytes: int) -> Exchange:
-    """The exchange of `count` values of `dtype`.
+def make_exchange(
+    wire_format: str, dtype: torch.dtype, count: int, ranks: int, bucket_bytes: int, *, hidden: bool = False
+) -> Exchange:
+    """The exchange of `count` values of `dtype`; where it is `hidden` it takes little compute rather than little time.
 
     float32 sends values in their own type; halves are summed in float32 all the same, since a backend's own sum would
     round at every hop.
     """
     chunk_values = max(1, bucket_bytes // 4)
+    if wire_format != "float32" and not hidden:
+        # enough chunks that one's encoding hides another's transfer, each large enough to be worth a collective
+        chunk_values = min(chunk_values, max(count // CHUNKS, LEAST_CHUNK_VALUES))
     if ranks == 1:
         return WholeExchange(chunk_values)
     if wire_format != "float32" and ranks == 2:
-        return PairExchange(min(chunk_values, max(count // CHUNKS, LEAST_CHUNK_VALUES)), FORMATS[wire_format])
+        return PairExchange(chunk_values, FORMATS[wire_format])
     if wire_format != "float32":
         return CodedExchange(count, ranks, chunk_values, FORMATS[wire_format], feedback=True)
     if dtype in HALVES:
