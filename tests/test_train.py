@@ -387,7 +387,10 @@ def test_a_signal_to_one_rank_leaves_a_checkpoint_to_go_on_from(whole: Path, num
     root, name = whole.parent, f"stopped-{number.name}"
     processes = start(settings(root, name, checkpoint={"every_samples": 10**6}), root)
     folder, deadline = root / name, time.monotonic() + 60
+    # a round's record says that rank 1 has begun to train, and so to heed signals
     while time.monotonic() < deadline and not (folder / "metrics.jsonl").exists():
+        time.sleep(0.01)
+    while time.monotonic() < deadline and not any(line["kind"] == "round" for line in whole_lines(folder)):
         time.sleep(0.01)
     processes[1].send_signal(number)
     codes, said = end(processes)
