@@ -13,6 +13,8 @@ from trainer.exchange import Exchange, NodesExchange, make_exchange, share_of
 from trainer.outer import Outer
 from trainer.world import World
 
+PIECE = 2**16
+
 
 class Part:
     """A contiguous piece of the parameters, averaged by itself.
@@ -170,9 +172,12 @@ class Part:
 
 
 def _squared(values: torch.Tensor) -> torch.Tensor:
-    """Squared norm, 0-dim float64."""
-    norm: torch.Tensor = torch.linalg.vector_norm(values, dtype=torch.float64)
-    return norm.square()
+    """Squared norm, 0-dim float64; piece by piece, since the values are copied to float64 for it."""
+    total = torch.zeros((), dtype=torch.float64, device=values.device)
+    for start in range(0, len(values), PIECE):
+        norm: torch.Tensor = torch.linalg.vector_norm(values[start : start + PIECE], dtype=torch.float64)
+        total += norm.square()
+    return total
 
 
 def _present(tensor: torch.Tensor | None) -> torch.Tensor:
