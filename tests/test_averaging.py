@@ -327,6 +327,13 @@ def test_gradients_every_step_inside_a_node_are_its_large_batch() -> None:
         torch.testing.assert_close(weights[3], sum(nodes) / 2, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_levels_beside_training_have_groups_of_their_own(nodes: int) -> None:
+    settings = SyncConfig(node_period_steps=1, ranks_per_node=2 // nodes, delay_steps=3, wire_format="int8")
+    first, second = run(2, train, settings, Constant(Plan(8, 4)), 40)
+    assert torch.equal(first[0][-1], second[0][-1])
+
+
 def test_ranks_send_each_their_share_between_nodes() -> None:
     settings = SyncConfig(node_period_steps=4, ranks_per_node=2)
     for within, between in run(4, traffic, settings):

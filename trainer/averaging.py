@@ -125,13 +125,13 @@ class Averager:
             ]
             self._fragments.append([Part(piece, settings, world) for piece in pieces if len(piece)])
         if settings.node_period_steps is not None and world.size > 1:
-            self._via.add_levels(world.mesh)
+            self._via.add_levels(world.mesh["local"].get_group(), world.mesh["node"].get_group())
         if settings.delay_steps != 0 and world.size > 1:
             self._background = Background(world.device)
             self._beside = Collectives(world, None, settings.bucket_bytes, dist.new_group())  # type: ignore[arg-type]  # -100: not a member
 
             if self._via.within is not None:
-                self._beside.add_levels(world.new_mesh())
+                self._beside.add_levels(*world.new_levels())
 
     def close(self) -> None:
         """Let the thread end."""

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh
 
 from trainer.clock import Clock
 from trainer.world import World
@@ -43,11 +42,11 @@ class Collectives:
         """The ranks of this rank's place on every node."""
         self._sent_bytes = 0.0
 
-    def add_levels(self, mesh: DeviceMesh) -> None:
-        """Have averages in two levels, by a (node, local) mesh."""
-        for name, dimension in (("within", "local"), ("between", "node")):
-            group = mesh[dimension].get_group()
-            setattr(self, name, Collectives(self.world, self.clock, self.bucket_bytes, group))
+    def add_levels(self, within: dist.ProcessGroup, between: dist.ProcessGroup) -> None:
+        """Have averages in two levels."""
+        self.within, self.between = (
+            Collectives(self.world, self.clock, self.bucket_bytes, group) for group in (within, between)
+        )
 
     @property
     def sent_bytes(self) -> float:

@@ -48,6 +48,18 @@ class World:
             launch = Launch(rank, size, rank, size)
         return World(rank, size, launch.local_rank, launch.local_size, launch.node, device)
 
+    def new_levels(self) -> tuple[Any, Any]:
+        """Groups of this rank's node and of its place on every node, for collectives beside those of `mesh`.
+
+        A mesh would not do: along a dimension that holds all ranks it has the default group itself.
+        """
+        local, mine = self.local_size, []
+        rows = [list(range(start, start + local)) for start in range(0, self.size, local)]
+        for level in (rows, [list(column) for column in zip(*rows, strict=True)]):
+            groups = [dist.new_group(ranks) for ranks in level]  # every rank makes every group
+            mine += [group for ranks, group in zip(level, groups, strict=True) if self.rank in ranks]
+        return mine[0], mine[1]
+
     def with_nodes_of(self, ranks: int) -> World:
         """This world with nodes of so many consecutive ranks, whatever the launcher said.
 
@@ -83,10 +95,6 @@ class World:
         Raises:
             ConfigError: nodes with different numbers of ranks.
         """
-        return self.new_mesh()
-
-    def new_mesh(self) -> DeviceMesh:
-        """Another mesh, with groups of its own, for collectives that run beside those of `mesh`."""
         if self.size % self.local_size:
             raise ConfigError(f"{self.size} ranks, {self.local_size} on node {self.node}: every node needs as many")
         shape = (self.size // self.local_size, self.local_size)
