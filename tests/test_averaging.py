@@ -363,10 +363,13 @@ def traffic(world: World, settings: SyncConfig) -> tuple[float, float]:
 # ---- gradients in fewer bits, and a world of one
 
 
+WIDTHS = (64, 256, 1_024, CLASSES)  # more than a megabyte, so that gradients go in two buckets
+
+
 def compressed(world: World, gradient_format: Any) -> tuple[Values, list[float]]:
     """The weights at the end, and the bytes of each local step at period 1."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Linear(64, CLASSES, bias=False))
+    model = nn.Sequential(*(nn.Linear(wide, narrow, bias=False) for wide, narrow in itertools.pairwise(WIDTHS)))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     settings = SyncConfig(gradient_format=gradient_format, observe_steps=100)
     sent = []
@@ -385,10 +388,11 @@ def compressed(world: World, gradient_format: Any) -> tuple[Values, list[float]]
 
 def test_gradients_in_fewer_bits_keep_replicas_one() -> None:
     exact, sent = run(2, compressed, "float32")[0]
-    assert set(sent) == {4 * 64 * (64 + CLASSES)}
+    values = sum(wide * narrow for wide, narrow in itertools.pairwise(WIDTHS))
+    assert set(sent) == {4 * values}
     first, second = run(2, compressed, "bf16")
     assert torch.equal(first[0], second[0])
-    assert set(first[1]) == {2 * 64 * (64 + CLASSES)}
+    assert set(first[1]) == {2 * values}
     torch.testing.assert_close(first[0], exact, rtol=0, atol=2e-3)
     first, second = run(2, compressed, "powersgd")
     assert torch.equal(first[0], second[0])

@@ -105,6 +105,9 @@ class GradientAverage:
                 before = self._powersgd.total_numel_after_compression
                 compressed = self._powersgd.iter >= POWERSGD_FROM_STEP
                 future = powerSGD_hook(self._powersgd, bucket)
+                # its later collectives begin when its earlier ones end, on Gloo's own threads: with two buckets under
+                # way each rank would begin them in an order of its own
+                future.wait()
                 sent = self._powersgd.total_numel_after_compression - before if compressed else bucket.buffer().numel()
                 via.count_ring(sent * bucket.buffer().element_size())
             else:
