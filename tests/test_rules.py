@@ -170,14 +170,23 @@ def test_worth_is_throughput_times_efficiency() -> None:
     costs = Costs(step_s={"10": 0.1}, transfer_s={"float32": 1.0}, noise_scale=200.0, drift=1e-3)
     blocking = worth(Plan(10, 4, delay_steps=0, wire_format="float32"), costs, 2, 10, 0.01)
     assert blocking.samples_per_s == pytest.approx(2 * 10 * 4 / (0.4 + 1.0))
-    assert blocking.efficiency == pytest.approx(1 / (1 + 8e-3 / 0.01))
-    assert worth(Plan(10, 4, wire_format="int4"), costs, 2, 10, 0.01).efficiency == pytest.approx(0.96 / 1.8)
+    assert blocking.efficiency == pytest.approx(1 / (1 + 3.2e-3 / 0.01)), "4^2.5 / (2.5 * 4) = 3.2"
+    assert worth(Plan(10, 4, wire_format="int4"), costs, 2, 10, 0.01).efficiency == pytest.approx(0.99 / 1.32)
     hidden = worth(Plan(20, 4, delay_steps=4, wire_format="int8"), costs, 2, 10, 0.01)
     assert hidden.samples_per_s == pytest.approx(2 * 20 * 4 / 0.8)
-    assert hidden.efficiency == pytest.approx(0.99 * (200 + 20) / (200 + 40) / (1 + 1e-3 * 8**1.5 / 0.01))
+    drift = 1e-3 * (8**2.5 - 4**2.5) / (2.5 * 4)
+    assert hidden.efficiency == pytest.approx(0.998 * (200 + 20) / (200 + 40) / (1 + drift / 0.01))
     gradients = worth(Plan(10, 1), costs, 2, 10, 0.01)
     assert gradients.samples_per_s == pytest.approx(20 / (0.1 + 0.95))
     assert gradients.efficiency == 1.0
+
+
+def test_drift_is_learned_from_snapshots_which_a_delay_leaves_as_far_apart() -> None:
+    at_once, late = (
+        Costs().saw(seen_by(Plan(32, 8, delay_steps=delay), round=1, transfer_s=0.1, delay_steps=delay))
+        for delay in (0, 5)
+    )
+    assert at_once.drift == late.drift == pytest.approx(1e-5)
 
 
 def seen_by(
@@ -199,7 +208,7 @@ def seen_by(
             sync_wait_s=0.0,
             transfer_s=transfer_s * bytes_of,
             noise_scale=noise,
-            divergence=1e-4 * steps**1.5,
+            divergence=1e-5 * steps**1.5,
             model_sq_norm=1.0,
             progress=0.1,
             memory_share=memory * plan.batch_per_rank,
@@ -218,9 +227,10 @@ def cruise(policy: Autopilot, transfer_s: float, rounds: int = 60, **figures: fl
 def test_autopilot_averages_more_rarely_and_hides_more_where_the_network_is_slower() -> None:
     slow, fast = (cruise(Autopilot(), transfer_s).plan for transfer_s in (5.0, 0.001))
     assert slow.sync_period_steps > fast.sync_period_steps
-    assert isinstance(slow.delay_steps, int)
-    assert slow.delay_steps > 0
     assert slow.wire_format in ("int8", "int4")
+    hiding = cruise(Autopilot(min_efficiency=0.5), 5.0).plan
+    assert isinstance(hiding.delay_steps, int)
+    assert hiding.delay_steps > 0
 
 
 def test_autopilot_raises_the_batch_only_where_noise_allows_it() -> None:
@@ -263,6 +273,16 @@ def test_targets_differ() -> None:
     assert careful["efficiency"] >= 0.98
 
 
+def test_what_teaches_too_little_is_left_aside_unless_the_rest_is_too_slow() -> None:
+    for floor in (0.5, 0.8, 0.95):
+        why = cruise(Autopilot(min_efficiency=floor, min_stay_rounds=1), 0.5, divergence=5e-4).decision.why
+        assert why["floor"] == floor
+        assert all(each["efficiency"] >= floor for each in why["candidates"])
+    slow = cruise(Autopilot(min_efficiency=0.95, min_stay_rounds=1), 100.0, divergence=5e-4).decision.why
+    assert slow["floor"] < 0.95
+    assert slow["candidates"][0]["efficiency"] == pytest.approx(slow["floor"])
+
+
 @pytest.mark.parametrize(
     ("make", "said"),
     [
@@ -284,7 +304,8 @@ def test_targets_differ() -> None:
         (lambda: SWAP(train_accuracy=1.5), r"train_accuracy = 1\.5: must be above 0 and at most 1"),
         (lambda: SWAP(alone=Plan(32, 4)), r"alone\.sync_period_steps = 4: must be 0"),
         (lambda: Cycle(flat=0), "flat = 0: must be above 0"),
-        (lambda: Autopilot(max_divergence=0), "max_divergence = 0: must be above 0"),
+        (lambda: Autopilot(half_divergence=0), "half_divergence = 0: must be above 0"),
+        (lambda: Autopilot(min_efficiency=1), r"min_efficiency = 1: must be in 0 \.\. 1, and below 1"),
         (lambda: Autopilot(target="fun"), "target = 'fun': choose one of time, bytes, accuracy"),  # type: ignore[arg-type]
         (lambda: Autopilot(late_from=2), r"late_from = 2: must be in 0 \.\. 1"),
     ],

@@ -18,6 +18,9 @@ PROBE_ROUNDS = 2
 FULL_MEMORY = 0.9
 SHOWN = 4
 TIE = 0.03  # goodput so near the best counts as good: then the fewest averages decide
+FLOOR = {"time": 0.9, "bytes": 0.5, "accuracy": 0.98}  # of efficiency, where min_efficiency does not say
+SHARE = {"time": 0.5, "bytes": 0.5, "accuracy": 0.0}  # of the most goodput, that the target may cost
+SLACK = 1.5  # times the loss that a Plan may have before it must end
 
 
 @register("autopilot")
@@ -27,8 +30,8 @@ class Autopilot(Policy):
 
     It begins with short rounds at the smallest batch, and at a larger one where it may, to measure compute, network,
     gradient noise and how fast replicas part; then at every round it compares all candidates and takes a better one
-    where that promises enough. The last part of the run is spent at the smallest batch and a tighter bound on
-    divergence, for generalization.
+    where that promises enough. A run has only so many samples, so what teaches too little is left aside however fast it
+    is. The last part of the run is spent at the smallest batch and with a quarter of the loss, for generalization.
     """
 
     lr_scaling: LrScaling = "gain"
@@ -41,17 +44,21 @@ class Autopilot(Policy):
     """Longest period."""
     max_delay_steps: int = 16
     """Longest delay."""
-    max_divergence: float = 0.05
-    """Bound on the mean squared distance of replicas from their mean, over the mean's squared norm."""
+    half_divergence: float = 0.005
+    """Mean squared distance of replicas from their mean, over the mean's squared norm, at which a sample is held to
+    teach half."""
     target: Literal["time", "bytes", "accuracy"] = "time"
-    """What is sought: the most goodput; the fewest bytes at half of that or more; or the most goodput of what loses no
-    more than a fiftieth of a sample's worth."""
+    """What is sought, of the candidates within `min_efficiency`: the most goodput, or the fewest bytes."""
+    min_efficiency: float | None = None
+    """Least that a sample must teach, of what it does at the smallest batch and with replicas that are one; this
+    bounds divergence too. By default 0.9 for time, 0.5 for bytes, 0.98 for accuracy. For time and bytes it gives way
+    where it would cost more than half of the most goodput."""
     min_gain: float = 0.05
     """Expected gain that is worth a change of Plan."""
     min_stay_rounds: int = 8
     """Rounds (at period 1 observations) between two comparisons, and before a better Plan may end a phase."""
     late_from: float = 0.75
-    """Share of the run's samples after which only the smallest batch is used, and a quarter of `max_divergence`."""
+    """Share of the run's samples after which only the smallest batch is used, and a quarter of the loss allowed."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -59,7 +66,9 @@ class Autopilot(Policy):
         require_at_least(self, 2, "max_period_steps")
         low = self.batch_per_rank
         require("max_batch_per_rank", self.max_batch_per_rank, self.max_batch_per_rank >= low, f"must be {low} or more")
-        require("max_divergence", self.max_divergence, self.max_divergence > 0, "must be above 0")
+        require("half_divergence", self.half_divergence, self.half_divergence > 0, "must be above 0")
+        least = self.min_efficiency
+        require("min_efficiency", least, least is None or 0 <= least < 1, "must be in 0 .. 1, and below 1")
         require("min_gain", self.min_gain, self.min_gain >= 0, "must be 0 or more")
         require("late_from", self.late_from, 0 <= self.late_from <= 1, "must be in 0 .. 1")
 
@@ -101,11 +110,10 @@ class Autopilot(Policy):
     ) -> Decision:
         """The best candidate, if it is better enough than the current Plan; now and then, for it takes its time."""
         late = seen.progress >= self.late_from
-        bound = self.max_divergence * (0.25 if late else 1.0)
         largest = self.batch_per_rank if late else self._largest(costs)
         current = self._worth(seen.plan, costs, seen.ranks)
         entering = late and not seen.phase_name.startswith("late")
-        forced = at_once or entering or current.drift > 1.5 * bound or seen.plan.batch_per_rank > largest
+        forced = at_once or entering or seen.plan.batch_per_rank > largest
         why["current"] = current.told()
         kept["expected"] = current.samples_per_s
         if not forced and kept["since"] < self.min_stay_rounds:
@@ -115,13 +123,15 @@ class Autopilot(Policy):
         usable = [each for each in found if math.isfinite(each.goodput)]
         if not usable:
             return Decision(seen.plan, seen.phase_name, why | {"held": "nothing can be predicted yet"}, kept)
-        bounded = [each for each in usable if each.drift <= bound] or [min(usable, key=lambda each: each.drift)]
-        admitted = self._admitted([*bounded, current])
-        forced |= current not in admitted
-        ranked = self._ranked([each for each in admitted if each is not current] or bounded)
+        least = SHARE[self.target] * max(each.goodput for each in usable)
+        affordable = [each for each in usable if each.goodput >= least]
+        floor = min(self._floor(late), max(each.efficiency for each in affordable))
+        forced |= current.goodput < least or 1 - current.efficiency > SLACK * (1 - floor)
+        ranked = self._ranked([each for each in affordable if each.efficiency >= floor])
         best, score = ranked[0], self._score(current)
         why |= {
             "candidates": [each.told() for each in ranked[:SHOWN]],
+            "floor": floor,
             "noise_scale": costs.noise_scale if costs.noise_scale > 0 else None,
             "drift": costs.drift if costs.drift > 0 else None,
             "gain": self._score(best) / score - 1 if score > 0 else None,
@@ -132,7 +142,12 @@ class Autopilot(Policy):
         return Decision(best.plan, "late" if late else "cruise", why, kept)
 
     def _worth(self, plan: Plan, costs: Costs, ranks: int) -> Worth:
-        return worth(plan, costs, ranks, self.batch_per_rank, self.max_divergence)
+        return worth(plan, costs, ranks, self.batch_per_rank, self.half_divergence)
+
+    def _floor(self, late: bool) -> float:
+        """The efficiency that is asked for."""
+        floor = FLOOR[self.target] if self.min_efficiency is None else self.min_efficiency
+        return 1 - (1 - floor) / 4 if late else floor
 
     def _candidates(self, costs: Costs, largest: int) -> Iterator[Plan]:
         batch = self.batch_per_rank
@@ -163,16 +178,6 @@ class Autopilot(Policy):
             return self.max_batch_per_rank
         room = costs.memory_batch * FULL_MEMORY / costs.memory_share
         return max(self.batch_per_rank, math.floor(min(self.max_batch_per_rank, room)))
-
-    def _admitted(self, found: list[Worth]) -> list[Worth]:
-        """Those that the target allows."""
-        if self.target == "bytes":
-            most = max(each.goodput for each in found)
-            return [each for each in found if each.goodput >= 0.5 * most]
-        if self.target == "accuracy":
-            careful = [each for each in found if each.efficiency >= 0.98]
-            return careful or [max(found, key=lambda each: each.efficiency)]
-        return found
 
     def _ranked(self, found: list[Worth]) -> list[Worth]:
         """Best first, by the target."""

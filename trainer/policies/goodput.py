@@ -14,8 +14,9 @@ from typing import Any
 from trainer.plan import Observation, Plan
 
 BYTES_OF_FLOAT32 = {"float32": 1.0, "bf16": 0.5, "int8": 0.266, "int4": 0.141}
-WORTH = {"float32": 1.0, "bf16": 1.0, "int8": 0.99, "int4": 0.96}
-"""Of a sample by wire format, by judgement: int4 ended 0.1 points below int8 in benchmarks/README.md."""
+WORTH = {"float32": 1.0, "bf16": 1.0, "int8": 0.998, "int4": 0.99}
+"""Of a sample by wire format, by judgement: int4 behind short periods ended 0.1 points below exact gradients
+(benchmarks/README.md)."""
 FIT_DECAY = 0.9
 DRIFT_POWER = 1.5
 """Squared distance of replicas by local steps: 1 for a random walk, up to 3 within the memory of a momentum."""
@@ -70,7 +71,8 @@ class Costs:
         if settled and seen.transfer_s > 0 and ran.sync_period_steps > 1:
             found = replace(found, transfer_s=_with(self.transfer_s, ran.wire_format or "float32", seen.transfer_s))
         if seen.divergence > 0 and seen.model_sq_norm > 0 and seen.steps:
-            drift = seen.divergence / seen.model_sq_norm / (seen.steps + seen.delay_steps) ** DRIFT_POWER
+            # with a delay too: since a snapshot an average has come, so the next holds the steps between the two
+            drift = seen.divergence / seen.model_sq_norm / seen.steps**DRIFT_POWER
             before = self.drift if self.drift > 0 else drift
             found = replace(found, drift=FIT_DECAY * before + (1 - FIT_DECAY) * drift)
         if seen.noise_scale > 0:
@@ -119,7 +121,7 @@ class Worth:
     bytes_per_sample: float
     """Of float32 values: averages a sample, times the format's share."""
     drift: float
-    """Divergence at a round's end over the model's squared norm."""
+    """Divergence over the model's squared norm, mean over the steps of a round."""
 
     @property
     def goodput(self) -> float:
@@ -141,11 +143,12 @@ class Worth:
         }
 
 
-def worth(plan: Plan, costs: Costs, ranks: int, base_batch: int, max_drift: float) -> Worth:
+def worth(plan: Plan, costs: Costs, ranks: int, base_batch: int, half_drift: float) -> Worth:
     """What a Plan is worth by these costs.
 
     Efficiency is (φ + B₀) / (φ + B) for the batch (Pollux, after McCandlish et al. 2018) times
-    1 / (1 + d / max_drift) for a drift d at the end of a round, its delay included, times the format's worth.
+    1 / (1 + d / half_drift) for a mean drift d, times the format's worth. A delay of D makes replicas D steps' worth
+    apart when they take an average, and period + D steps' just before they do.
     """
     batch, period, wire = plan.batch_per_rank, plan.sync_period_steps, plan.wire_format or "float32"
     ranks = max(ranks, 1)
@@ -161,8 +164,9 @@ def worth(plan: Plan, costs: Costs, ranks: int, base_batch: int, max_drift: floa
         noise = costs.noise_scale
         efficiency = (noise + ranks * base_batch) / (noise + ranks * batch)
     if period > 1 and costs.drift > 0:
-        drift = costs.drift * (period + delay) ** DRIFT_POWER
-        efficiency /= 1 + drift / max_drift
+        power = DRIFT_POWER + 1
+        drift = costs.drift * ((period + delay) ** power - delay**power) / (power * period)
+        efficiency /= 1 + drift / half_drift
     if period > 1:
         efficiency *= WORTH[wire]
     sent = BYTES_OF_FLOAT32["float32" if period == 1 else wire] / (period * batch * ranks)

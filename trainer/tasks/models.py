@@ -13,10 +13,11 @@ from trainer.errors import ConfigError, import_object
 class FedAvgCNN(nn.Sequential):
     """The CNN of McMahan et al. 2017 (arXiv 1602.05629): 1,663,370 parameters at 28x28, one channel, ten classes.
 
-    Input [B, channels, 28, 28] (or [B, channels, 32, 32]), output logits [B, classes].
+    Input [B, channels, 28, 28] (or [B, channels, 32, 32]), output logits [B, classes]. `hidden` is the paper's 512
+    units; more make it a model of any size.
     """
 
-    def __init__(self, classes: int = 10, channels: int = 1, size: int = 28) -> None:
+    def __init__(self, classes: int = 10, channels: int = 1, size: int = 28, hidden: int = 512) -> None:
         super().__init__(
             nn.Conv2d(channels, 32, 5, padding=2),
             nn.ReLU(inplace=True),
@@ -25,9 +26,9 @@ class FedAvgCNN(nn.Sequential):
             nn.ReLU(inplace=True),
             nn.MaxPool2d(2),
             nn.Flatten(),
-            nn.Linear(64 * (size // 4) ** 2, 512),
+            nn.Linear(64 * (size // 4) ** 2, hidden),
             nn.ReLU(inplace=True),
-            nn.Linear(512, classes),
+            nn.Linear(hidden, classes),
         )
 
 
