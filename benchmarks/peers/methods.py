@@ -138,7 +138,7 @@ def ours(**settings: Any) -> Any:
         policy = Constant(Plan(batch, sync_period_steps=settings.get("period", period)))
         fields = {name: value for name, value in settings.items() if name != "period"}
         with LocalSGD(model, optimizer, policy, settings=SyncConfig(**fields), world=world) as sync:
-            yield Method(model, optimizer, lambda loss: sync.step(loss, batch), sync.finish)
+            yield Method(sync.model, optimizer, lambda loss: sync.step(loss, batch), sync.finish)
 
     return method
 
@@ -162,4 +162,6 @@ METHODS: dict[str, Any] = {
     "ebbtide_int4_period_64_halves": ours(
         wire_format="int4", delay_steps="auto", max_delay_steps=32, period=64, fragments=2
     ),
+    "ebbtide_int4_period_4": ours(wire_format="int4", period=4),
+    "ebbtide_powersgd": ours(period=1, gradient_format="powersgd"),
 }
