@@ -30,7 +30,7 @@ FIRST = {"plan": {"batch_per_rank": 16, "sync_period_steps": 8}, "max_batch_per_
 TWO = {name: {"batch_per_rank": 64, "sync_period_steps": 1} for name in ("large",)}
 POLICIES: dict[str, dict[str, Any]] = {
     "alternating": {},
-    "autopilot": {"batch_per_rank": 16, "max_batch_per_rank": 64, "max_period_steps": 16, "min_stay_rounds": 2},
+    "autopilot": {"batch_per_rank": 16, "max_batch_per_rank": 64, "max_period_steps": 16, "min_stay_steps": 16},
     "qsr": {"batch_per_rank": 16},
     "adaptive_period": {"plan": FIRST["plan"], "interval_samples": 800},
     "batch_growth": FIRST | {"milestones": [800, 1_600], "factor": 2.0},

@@ -82,41 +82,49 @@ class PairExchange(Exchange):
         self, values: torch.Tensor, weights: Sequence[float], via: Collectives
     ) -> Iterator[tuple[slice, torch.Tensor]]:
         """`values` becomes what was lost."""
+        # memory is taken once for all chunks: a training thread beside this one would break it up
+        columns = _whole_blocks(min(self._chunk, len(values)))
         work_type = torch.promote_types(values.dtype, torch.float32)
-        begun: deque[tuple[slice, torch.Tensor, torch.Tensor, Any]] = deque()
-        for chunk in _chunks(len(values), self._chunk):
-            begun.append(self._show(values, chunk, work_type, via))
+        decoded = values.new_empty(2, columns, dtype=work_type)
+        codes = values.new_empty(AHEAD + 1, 3 * self._format.row_bytes(columns), dtype=torch.uint8)
+        begun: deque[tuple[slice, torch.Tensor, Any]] = deque()
+        for number, chunk in enumerate(_chunks(len(values), self._chunk)):
+            begun.append(self._show(values[chunk], chunk, codes[number % len(codes)], decoded[:1], via))
             if len(begun) > AHEAD:
-                yield self._mean(begun.popleft(), weights, via)
+                yield self._mean(begun.popleft(), weights, decoded, via)
         while begun:
-            yield self._mean(begun.popleft(), weights, via)
+            yield self._mean(begun.popleft(), weights, decoded, via)
 
     def _show(
-        self, values: torch.Tensor, chunk: slice, work_type: torch.dtype, via: Collectives
-    ) -> tuple[slice, torch.Tensor, torch.Tensor, Any]:
-        part = values[chunk]
+        self, part: torch.Tensor, chunk: slice, codes: torch.Tensor, kept: torch.Tensor, via: Collectives
+    ) -> tuple[slice, torch.Tensor, Any]:
+        """Begin to send a chunk and to receive the other's, in `codes`, and leave in `part` what was lost."""
+        columns = _whole_blocks(len(part))
         rows = part.unsqueeze(0)
-        if len(part) % BLOCK:
-            rows = part.new_zeros(1, -(-len(part) // BLOCK) * BLOCK)
+        if len(part) < columns:
+            rows = part.new_zeros(1, columns)
             rows[0, : len(part)] = part
-        coded = torch.empty(1, self._format.row_bytes(rows.shape[1]), dtype=torch.uint8, device=values.device)
+        coded, both = codes.split([size := self._format.row_bytes(columns), len(codes) - size])
+        coded, both = coded.unsqueeze(0), both[: 2 * size].view(2, size)
         self._format.encode(rows, coded)
-        mine = torch.empty(rows.shape[1], dtype=work_type, device=values.device)
-        self._format.decode(coded, mine.unsqueeze(0))
-        part.sub_(mine[: len(part)])
-        both = coded.new_empty(2, coded.shape[1])
-        return chunk, mine, both, via.begin_all_gather(both, coded)
+        self._format.decode(coded, kept[:, :columns])
+        part.sub_(kept[0, : len(part)])
+        return chunk, both, via.begin_all_gather(both, coded)
 
     def _mean(
-        self, begun: tuple[slice, torch.Tensor, torch.Tensor, Any], weights: Sequence[float], via: Collectives
+        self,
+        begun: tuple[slice, torch.Tensor, Any],
+        weights: Sequence[float],
+        decoded: torch.Tensor,
+        via: Collectives,
     ) -> tuple[slice, torch.Tensor]:
-        chunk, mine, both, work = begun
+        chunk, both, work = begun
         via.wait(work)
-        theirs = torch.empty_like(mine)
-        other = 1 - via.rank
-        self._format.decode(both[other : other + 1], theirs.unsqueeze(0))
+        rows = decoded[:, : _whole_blocks(chunk.stop - chunk.start)]
+        for row, coded in zip(rows.split(1), both.split(1), strict=True):
+            self._format.decode(coded, row)
         # products first, then their sum: the same bits whichever of the two is one's own
-        mean = mine.mul_(weights[via.rank]).add_(theirs.mul_(weights[other]))
+        mean = rows[0].mul_(weights[0]).add_(rows[1].mul_(weights[1]))
         return chunk, mean[: chunk.stop - chunk.start]
 
 
@@ -295,6 +303,11 @@ def pipeline(
         reduced.append(second(begun.popleft()))
     while reduced:
         yield third(reduced.popleft())
+
+
+def _whole_blocks(count: int) -> int:
+    """So many values and what fills their last block."""
+    return -(-count // BLOCK) * BLOCK
 
 
 def _chunks(count: int, size: int) -> Iterator[slice]:

@@ -9,6 +9,8 @@ import torch
 
 BLOCK = 128
 """Values that share one scale; every row that is encoded holds a multiple of it."""
+PIECE_BLOCKS = 2**11
+"""Blocks encoded at a time, so that what encoding needs besides is a megabyte or so, however long a row is."""
 
 
 class Format(Protocol):
@@ -64,17 +66,19 @@ class Blocks:
 
     def encode(self, values: torch.Tensor, coded: torch.Tensor) -> None:
         """Round to nearest."""
-        blocks = values.float().reshape(len(values), -1, BLOCK)
-        scales = blocks.abs().amax(dim=2).div_(self.levels)
-        inverse = torch.where(scales > 0, scales.reciprocal(), 0.0)
-        numbers = (blocks * inverse.unsqueeze(2)).round_()
         codes, kept = self._views(coded)
-        kept.copy_(scales)
-        if self.bits == 8:
-            codes.view(torch.int8).copy_(numbers)
-        else:
-            low, high = numbers.tensor_split(2, dim=2)
-            codes.copy_(high.add_(8).mul_(16).add_(low.add_(8)))
+        pieces = (each.split(PIECE_BLOCKS, dim=1) for each in (values.reshape(len(values), -1, BLOCK), codes, kept))
+        for piece, code, scale in zip(*pieces, strict=True):
+            blocks = piece.float()
+            scales = blocks.abs().amax(dim=2).div_(self.levels)
+            inverse = torch.where(scales > 0, scales.reciprocal(), 0.0)
+            numbers = (blocks * inverse.unsqueeze(2)).round_()
+            scale.copy_(scales)
+            if self.bits == 8:
+                code.view(torch.int8).copy_(numbers)
+            else:
+                low, high = numbers.tensor_split(2, dim=2)
+                code.copy_(high.add_(8).mul_(16).add_(low.add_(8)))
 
     def decode(self, coded: torch.Tensor, values: torch.Tensor) -> None:
         """Number times scale."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,9 +18,9 @@ PROBE_ROUNDS = 2
 FULL_MEMORY = 0.9
 SHOWN = 4
 TIE = 0.03  # goodput so near the best counts as good: then the fewest averages decide
-FLOOR = {"time": 0.9, "bytes": 0.5, "accuracy": 0.98}  # of efficiency, where min_efficiency does not say
-SHARE = {"time": 0.5, "bytes": 0.5, "accuracy": 0.0}  # of the most goodput, that the target may cost
-SLACK = 1.5  # times the loss that a Plan may have before it must end
+CARE = {"time": 3.0, "bytes": 3.0, "accuracy": 12.0}
+LATE_CARE = 4.0  # times as much in the late part
+SLACK = 1.5  # times the bound, before a Plan must end
 
 
 @register("autopilot")
@@ -29,9 +29,10 @@ class Autopilot(Policy):
     """Chooses batch, period, delay and wire format by expected goodput.
 
     It begins with short rounds at the smallest batch, and at a larger one where it may, to measure compute, network,
-    gradient noise and how fast replicas part; then at every round it compares all candidates and takes a better one
-    where that promises enough. A run has only so many samples, so what teaches too little is left aside however fast it
-    is. The last part of the run is spent at the smallest batch and with a quarter of the loss, for generalization.
+    gradient noise and how fast replicas part; then it compares all candidates again and again, and takes a better one
+    where that promises enough. A run has only so many samples, and what one fails to teach is lost for good, while
+    seconds are only spent: so efficiency counts `care` times. The last part of the run is spent at the smallest batch
+    and with four times the care, for generalization.
     """
 
     lr_scaling: LrScaling = "gain"
@@ -44,31 +45,29 @@ class Autopilot(Policy):
     """Longest period."""
     max_delay_steps: int = 16
     """Longest delay."""
-    half_divergence: float = 0.005
-    """Mean squared distance of replicas from their mean, over the mean's squared norm, at which a sample is held to
-    teach half."""
+    max_divergence: float = 0.003
+    """Bound on the mean squared distance of replicas from their mean, over the mean's squared norm: there a sample is
+    held to teach half."""
     target: Literal["time", "bytes", "accuracy"] = "time"
-    """What is sought, of the candidates within `min_efficiency`: the most goodput, or the fewest bytes."""
-    min_efficiency: float | None = None
-    """Least that a sample must teach, of what it does at the smallest batch and with replicas that are one; this
-    bounds divergence too. By default 0.9 for time, 0.5 for bytes, 0.98 for accuracy. For time and bytes it gives way
-    where it would cost more than half of the most goodput."""
+    """What is sought: the most goodput, efficiency counted three times or (accuracy) twelve times; or the fewest bytes
+    at half of that or more."""
+    care: float | None = None
+    """How often efficiency counts, in place of the target's own number; 1 is goodput itself."""
     min_gain: float = 0.05
     """Expected gain that is worth a change of Plan."""
-    min_stay_rounds: int = 8
-    """Rounds (at period 1 observations) between two comparisons, and before a better Plan may end a phase."""
+    min_stay_steps: int = 64
+    """Local steps between two comparisons, and before a better Plan may end a phase."""
     late_from: float = 0.75
-    """Share of the run's samples after which only the smallest batch is used, and a quarter of the loss allowed."""
+    """Share of the run's samples after which only the smallest batch is used, with four times the care."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_at_least(self, 1, "batch_per_rank", "max_delay_steps", "min_stay_rounds")
+        require_at_least(self, 1, "batch_per_rank", "max_delay_steps", "min_stay_steps")
         require_at_least(self, 2, "max_period_steps")
         low = self.batch_per_rank
         require("max_batch_per_rank", self.max_batch_per_rank, self.max_batch_per_rank >= low, f"must be {low} or more")
-        require("half_divergence", self.half_divergence, self.half_divergence > 0, "must be above 0")
-        least = self.min_efficiency
-        require("min_efficiency", least, least is None or 0 <= least < 1, "must be in 0 .. 1, and below 1")
+        require("max_divergence", self.max_divergence, self.max_divergence > 0, "must be above 0")
+        require("care", self.care, self.care is None or self.care >= 1, "must be at least 1")
         require("min_gain", self.min_gain, self.min_gain >= 0, "must be 0 or more")
         require("late_from", self.late_from, 0 <= self.late_from <= 1, "must be in 0 .. 1")
 
@@ -79,7 +78,7 @@ class Autopilot(Policy):
             return held(seen, memory, "slowest_compute_s")
         costs = Costs.restored(memory.get("costs", {})).saw(seen)
         kept: dict[str, Any] = {"costs": costs.state(), "expected": memory.get("expected")}
-        kept["since"] = memory.get("since", 0) + 1  # the latest comparison
+        kept["since"] = memory.get("since", 0) + seen.steps  # the latest comparison
         why: dict[str, Any] = {"came_true": self._rate(seen), "expected": kept["expected"]}
         if seen.phase_name.startswith("probe"):
             return self._end_probe(seen, costs, kept, why)
@@ -113,41 +112,45 @@ class Autopilot(Policy):
         largest = self.batch_per_rank if late else self._largest(costs)
         current = self._worth(seen.plan, costs, seen.ranks)
         entering = late and not seen.phase_name.startswith("late")
-        forced = at_once or entering or seen.plan.batch_per_rank > largest
+        apart = current.drift > SLACK * self.max_divergence
+        forced = at_once or entering or apart or seen.plan.batch_per_rank > largest
         why["current"] = current.told()
         kept["expected"] = current.samples_per_s
-        if not forced and kept["since"] < self.min_stay_rounds:
+        if not forced and kept["since"] < self.min_stay_steps:
             return Decision(seen.plan, seen.phase_name, why, kept)
         kept["since"] = 0
         found = [self._worth(plan, costs, seen.ranks) for plan in self._candidates(costs, largest)]
         usable = [each for each in found if math.isfinite(each.goodput)]
         if not usable:
             return Decision(seen.plan, seen.phase_name, why | {"held": "nothing can be predicted yet"}, kept)
-        least = SHARE[self.target] * max(each.goodput for each in usable)
-        affordable = [each for each in usable if each.goodput >= least]
-        floor = min(self._floor(late), max(each.efficiency for each in affordable))
-        forced |= current.goodput < least or 1 - current.efficiency > SLACK * (1 - floor)
-        ranked = self._ranked([each for each in affordable if each.efficiency >= floor])
-        best, score = ranked[0], self._score(current)
+        bounded = [each for each in usable if each.drift <= self.max_divergence]
+        scores = {each: self._score(each, late) for each in bounded or [min(usable, key=lambda each: each.drift)]}
+        score = self._score(current, late)
+        if self.target == "bytes":
+            least = max(scores.values()) / 2
+            scores = {each: each.efficiency / each.bytes_per_sample for each in scores if scores[each] >= least}
+            forced |= score < least
+            score = current.efficiency / current.bytes_per_sample
+        ranked = _ranked(scores)
+        best = ranked[0]
         why |= {
-            "candidates": [each.told() for each in ranked[:SHOWN]],
-            "floor": floor,
+            "candidates": [each.told() | {"score": float(f"{scores[each]:.5g}")} for each in ranked[:SHOWN]],
             "noise_scale": costs.noise_scale if costs.noise_scale > 0 else None,
             "drift": costs.drift if costs.drift > 0 else None,
-            "gain": self._score(best) / score - 1 if score > 0 else None,
+            "gain": scores[best] / score - 1 if score > 0 else None,
         }
-        if not forced and not self._score(best) > (1 + self.min_gain) * score:
+        if not forced and not scores[best] > (1 + self.min_gain) * score:
             return Decision(seen.plan, seen.phase_name, why, kept)
         kept["expected"] = best.samples_per_s
         return Decision(best.plan, "late" if late else "cruise", why, kept)
 
     def _worth(self, plan: Plan, costs: Costs, ranks: int) -> Worth:
-        return worth(plan, costs, ranks, self.batch_per_rank, self.half_divergence)
+        return worth(plan, costs, ranks, self.batch_per_rank, self.max_divergence)
 
-    def _floor(self, late: bool) -> float:
-        """The efficiency that is asked for."""
-        floor = FLOOR[self.target] if self.min_efficiency is None else self.min_efficiency
-        return 1 - (1 - floor) / 4 if late else floor
+    def _score(self, each: Worth, late: bool) -> float:
+        """Goodput with care."""
+        care = (CARE[self.target] if self.care is None else self.care) * (LATE_CARE if late else 1)
+        return each.samples_per_s * each.efficiency**care
 
     def _candidates(self, costs: Costs, largest: int) -> Iterator[Plan]:
         batch = self.batch_per_rank
@@ -179,18 +182,16 @@ class Autopilot(Policy):
         room = costs.memory_batch * FULL_MEMORY / costs.memory_share
         return max(self.batch_per_rank, math.floor(min(self.max_batch_per_rank, room)))
 
-    def _ranked(self, found: list[Worth]) -> list[Worth]:
-        """Best first, by the target."""
-        ranked = sorted(found, key=self._score, reverse=True)
-        ties = [each for each in ranked if self._score(each) >= (1 - TIE) * self._score(ranked[0])]
-        best = max(ties, key=lambda each: each.plan.sync_period_steps * each.plan.batch_per_rank)
-        return [best, *(each for each in ranked if each is not best)]
-
-    def _score(self, each: Worth) -> float:
-        return each.efficiency / each.bytes_per_sample if self.target == "bytes" else each.goodput
-
     @staticmethod
     def _rate(seen: Observation) -> float | None:
         """Samples a second, over all ranks, of the observed round."""
         seconds = seen.slowest_compute_s + seen.sync_wait_s
         return seen.steps * seen.ran.batch_per_rank * seen.ranks / seconds if seconds > 0 else None
+
+
+def _ranked(scores: Mapping[Worth, float]) -> list[Worth]:
+    """Best first; of those that are about as good the one that averages least often."""
+    ranked = sorted(scores, key=lambda each: scores[each], reverse=True)
+    ties = [each for each in ranked if scores[each] >= (1 - TIE) * scores[ranked[0]]]
+    best = max(ties, key=lambda each: each.plan.sync_period_steps * each.plan.batch_per_rank)
+    return [best, *(each for each in ranked if each is not best)]

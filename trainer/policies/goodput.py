@@ -75,7 +75,7 @@ class Costs:
             drift = seen.divergence / seen.model_sq_norm / seen.steps**DRIFT_POWER
             before = self.drift if self.drift > 0 else drift
             found = replace(found, drift=FIT_DECAY * before + (1 - FIT_DECAY) * drift)
-        if seen.noise_scale > 0:
+        if seen.noise_scale > 0 and not seen.delay_steps:  # replicas that are apart look noisier than they are
             found = replace(found, noise_scale=seen.noise_scale)
         if seen.memory_share > 0:
             batch = max(self.memory_batch, ran.batch_per_rank)
@@ -143,11 +143,11 @@ class Worth:
         }
 
 
-def worth(plan: Plan, costs: Costs, ranks: int, base_batch: int, half_drift: float) -> Worth:
+def worth(plan: Plan, costs: Costs, ranks: int, base_batch: int, max_drift: float) -> Worth:
     """What a Plan is worth by these costs.
 
     Efficiency is (φ + B₀) / (φ + B) for the batch (Pollux, after McCandlish et al. 2018) times
-    1 / (1 + d / half_drift) for a mean drift d, times the format's worth. A delay of D makes replicas D steps' worth
+    1 / (1 + d / max_drift) for a mean drift d, times the format's worth. A delay of D makes replicas D steps' worth
     apart when they take an average, and period + D steps' just before they do.
     """
     batch, period, wire = plan.batch_per_rank, plan.sync_period_steps, plan.wire_format or "float32"
@@ -166,7 +166,7 @@ def worth(plan: Plan, costs: Costs, ranks: int, base_batch: int, half_drift: flo
     if period > 1 and costs.drift > 0:
         power = DRIFT_POWER + 1
         drift = costs.drift * ((period + delay) ** power - delay**power) / (power * period)
-        efficiency /= 1 + drift / half_drift
+        efficiency /= 1 + drift / max_drift
     if period > 1:
         efficiency *= WORTH[wire]
     sent = BYTES_OF_FLOAT32["float32" if period == 1 else wire] / (period * batch * ranks)
