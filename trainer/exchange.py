@@ -104,8 +104,8 @@ class PairExchange(Exchange):
         if len(part) < columns:
             rows = part.new_zeros(1, columns)
             rows[0, : len(part)] = part
-        coded, both = codes.split([size := self._format.row_bytes(columns), len(codes) - size])
-        coded, both = coded.unsqueeze(0), both[: 2 * size].view(2, size)
+        size = self._format.row_bytes(columns)
+        coded, both = codes[:size].view(1, size), codes[size : 3 * size].view(2, size)
         self._format.encode(rows, coded)
         self._format.decode(coded, kept[:, :columns])
         part.sub_(kept[0, : len(part)])
@@ -121,8 +121,8 @@ class PairExchange(Exchange):
         chunk, both, work = begun
         via.wait(work)
         rows = decoded[:, : _whole_blocks(chunk.stop - chunk.start)]
-        for row, coded in zip(rows.split(1), both.split(1), strict=True):
-            self._format.decode(coded, row)
+        for rank in range(2):
+            self._format.decode(both[rank : rank + 1], rows[rank : rank + 1])
         # products first, then their sum: the same bits whichever of the two is one's own
         mean = rows[0].mul_(weights[0]).add_(rows[1].mul_(weights[1]))
         return chunk, mean[: chunk.stop - chunk.start]

@@ -67,7 +67,8 @@ class Blocks:
     def encode(self, values: torch.Tensor, coded: torch.Tensor) -> None:
         """Round to nearest."""
         codes, kept = self._views(coded)
-        pieces = (each.split(PIECE_BLOCKS, dim=1) for each in (values.reshape(len(values), -1, BLOCK), codes, kept))
+        rows = values.reshape(len(values), -1, BLOCK)
+        pieces = (torch.split(each, PIECE_BLOCKS, dim=1) for each in (rows, codes, kept))
         for piece, code, scale in zip(*pieces, strict=True):
             blocks = piece.float()
             scales = blocks.abs().amax(dim=2).div_(self.levels)

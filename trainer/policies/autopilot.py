@@ -150,7 +150,7 @@ class Autopilot(Policy):
     def _score(self, each: Worth, late: bool) -> float:
         """Goodput with care."""
         care = (CARE[self.target] if self.care is None else self.care) * (LATE_CARE if late else 1)
-        return each.samples_per_s * each.efficiency**care
+        return float(each.samples_per_s * each.efficiency**care)
 
     def _candidates(self, costs: Costs, largest: int) -> Iterator[Plan]:
         batch = self.batch_per_rank
