@@ -55,7 +55,7 @@ RESULTS = Path("benchmarks/results/paper")
 METHODS = ("small_batch", "large_batch", "alternating", "autopilot")
 COLOURS = dict(zip(METHODS, ("#0072B2", "#D55E00", "#009E73", "#CC79A7"), strict=True))
 RANKS, SMALL, LARGE, PERIOD = 4, 8, 64, 8
-RATES = {"resnet50": (0.01, 0.03, 0.1), "vgg11": (0.003, 0.01, 0.03)}
+MODELS, RATES = ("resnet50", "vgg11"), (0.01, 0.03, 0.1)
 TUNING_SEED = 1_000
 RAMP_SAMPLES = 4 * RANKS * LARGE
 AXES = {"local_step": "iterations", "samples": "samples", "elapsed_s": "seconds"}
@@ -218,15 +218,15 @@ def dominant_eigenvalue(product: Callable[[torch.Tensor], torch.Tensor], size: i
     return value
 
 
-def grid(model: str, method: str, quick: bool) -> list[float]:
+def grid(method: str, quick: bool) -> list[float]:
     """Learning rates to try."""
-    rates = [round(rate * (3 if method == "large_batch" else 1), 6) for rate in RATES[model]]
+    rates = [round(rate * (3 if method == "large_batch" else 1), 6) for rate in RATES]
     return rates[1:2] if quick else rates
 
 
 def chosen(model: str, method: str, settings: Settings) -> float | None:
     """The rate of the best accuracy; None where one has not been tried yet, or all diverged."""
-    rates = grid(model, method, settings.quick)
+    rates = grid(method, settings.quick)
     paths = [Trial(model, method, "tune", rate, TUNING_SEED).path(settings) for rate in rates]
     if len(rates) == 1:
         return rates[0]
@@ -277,7 +277,7 @@ def report(settings: Settings) -> str:
     finished = {key: good for key, found in runs.items() if (good := [run for run in found if not run["diverged"]])}
     rows = []
     for (model, method), found in runs.items():
-        good, lr, rates = finished.get((model, method), []), found[0]["trial"]["lr"], grid(model, method, False)
+        good, lr, rates = finished.get((model, method), []), found[0]["trial"]["lr"], grid(method, False)
         edge = " (edge)" if lr in (rates[0], rates[-1]) else ""
         lost = f", {len(found) - len(good)} diverged" if len(good) < len(found) else ""
         cells = figures(good, common_second(finished, model), settings) if good else ["diverged"] * 6
@@ -330,7 +330,7 @@ def run_all(settings: Settings) -> None:
     """What is missing: a model's trials of learning rates, then its finals, methods interleaved."""
     for model in settings.models:
         for method in [] if settings.quick else settings.methods:
-            for lr in grid(model, method, quick=False):
+            for lr in grid(method, quick=False):
                 measure_once(Trial(model, method, "tune", lr, TUNING_SEED), settings)
         for seed in range(settings.seeds):
             for method in settings.methods:
@@ -345,7 +345,7 @@ def read_settings() -> Settings:
     """The command line, or what `--quick` makes of it."""
     assert __doc__
     parser = argparse.ArgumentParser(prog="python -m benchmarks.paper", description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", default=list(RATES), choices=list(RATES))
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, help="which to run")
     parser.add_argument("--seeds", type=int, default=3, help="finals a method; 0: only tune")
     parser.add_argument("--iterations", type=int, default=150)

@@ -287,13 +287,6 @@ def test_care_trades_speed_for_what_a_sample_teaches() -> None:
         assert quick["samples_per_s"] > careful["samples_per_s"]
 
 
-def test_noise_is_believed_only_where_replicas_are_one() -> None:
-    costs = Costs(noise_scale=100.0)
-    plan = Plan(32, 8, delay_steps=3)
-    assert costs.saw(seen_by(plan, round=1, transfer_s=0.1, delay_steps=3)).noise_scale == 100.0
-    assert costs.saw(seen_by(plan, round=1, transfer_s=0.1)).noise_scale == 2_000.0
-
-
 @pytest.mark.parametrize(
     ("make", "said"),
     [

@@ -13,7 +13,7 @@ from torch import nn
 
 from trainer import Constant, LocalSGD, Plan, SyncConfig
 from trainer.gradients import SKETCH, GradientNotes
-from trainer.signals import Smoothed, noise, slope
+from trainer.signals import Signals, Smoothed, noise, slope
 from trainer.world import World
 
 DIMENSION, DEVIATION, DISTANCE, BATCH = 4_000, 0.5, 2.0, 16
@@ -128,3 +128,18 @@ def test_gradient_change_is_selsyncs() -> None:
     notes.follow([torch.tensor([4.0])])
     # changes of 3/2 and 1/5, the newer with a weight of 2/26, over the weights' sum
     assert notes.change == pytest.approx((24 / 26 * 1.5 + 0.2) / (24 / 26 + 1))
+
+
+def test_noise_seen_under_a_delay_does_not_dilute_what_was_seen_without() -> None:
+    def headers(mean: float) -> list[dict[str, float]]:
+        return [{"grad_sq": 2.0, "mean_grad_sq": mean, "steps": 1.0, "samples": 8.0}] * 2
+
+    signals = Signals()
+    apart = signals.take(headers(1.1), 16, 1.0, apart=True)["noise_scale"]
+    assert apart == pytest.approx(0.9 * 16 / 0.2), "better than nothing"
+    signals = Signals()
+    one = signals.take(headers(1.5), 16, 1.0)["noise_scale"]
+    restored = Signals()
+    restored.load_state_dict(signals.state_dict())
+    assert restored.take(headers(1.1), 32, 1.0, apart=True)["noise_scale"] == one == pytest.approx(0.5 * 16 / 1.0)
+    assert restored.take(headers(1.1), 48, 1.0)["noise_scale"] > one

@@ -78,7 +78,8 @@ class Rounds:
         figures of the Observation that came by other ways."""
         sent = self._sent.pop(int(headers[0]["round"]))
         seen = reduce(headers, self._agreed_samples)
-        known |= self._signals.take(headers, seen.samples, seen.train_loss)
+        apart = known.get("delay_steps", 0) > 0
+        known |= self._signals.take(headers, seen.samples, seen.train_loss, apart=apart)
         progress = seen.samples / self.total_samples if self.total_samples else math.nan
         seen = replace(seen, ran=sent.phase.plan, progress=progress, test_accuracy=self.accuracy, **known)
         self._agreed_samples = seen.samples

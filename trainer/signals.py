@@ -76,13 +76,21 @@ class Signals:
 
     sq_norm: Smoothed = field(default_factory=Smoothed)
     variance: Smoothed = field(default_factory=Smoothed)
+    of_one: bool = False
+    """Noise was seen where replicas were one."""
     losses: list[tuple[float, float]] = field(default_factory=list)
 
-    def take(self, headers: Sequence[Header], samples: int, loss: float) -> dict[str, float]:
-        """The Observation's smoothed figures after these headers; `samples` are all that were trained."""
+    def take(self, headers: Sequence[Header], samples: int, loss: float, *, apart: bool = False) -> dict[str, float]:
+        """The Observation's smoothed figures after these headers; `samples` are all that were trained.
+
+        Replicas that are `apart` where they look at the gradient, as under a delay, make it seem two to four times as
+        noisy as it is; once noise was seen where they were one, theirs is left out.
+        """
         sq_norm, variance = noise(headers)
-        self.sq_norm.add(sq_norm)
-        self.variance.add(variance)
+        if not (apart and self.of_one):
+            self.sq_norm.add(sq_norm)
+            self.variance.add(variance)
+            self.of_one |= not apart and math.isfinite(sq_norm)
         if math.isfinite(loss):
             self.losses = [*self.losses, (float(samples), loss)][-TREND_OBSERVATIONS:]
         both = self.sq_norm.mean > 0 and self.variance.mean > 0
@@ -99,6 +107,7 @@ class Signals:
         return {
             "sq_norm": [self.sq_norm.total, self.sq_norm.weight],
             "variance": [self.variance.total, self.variance.weight],
+            "of_one": self.of_one,
             "losses": [list(point) for point in self.losses],
         }
 
@@ -107,4 +116,5 @@ class Signals:
         for name in ("sq_norm", "variance"):
             smoothed: Smoothed = getattr(self, name)
             smoothed.total, smoothed.weight = state[name]
+        self.of_one = state["of_one"]
         self.losses = [(x, y) for x, y in state["losses"]]

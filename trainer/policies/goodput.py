@@ -75,7 +75,7 @@ class Costs:
             drift = seen.divergence / seen.model_sq_norm / seen.steps**DRIFT_POWER
             before = self.drift if self.drift > 0 else drift
             found = replace(found, drift=FIT_DECAY * before + (1 - FIT_DECAY) * drift)
-        if seen.noise_scale > 0 and not seen.delay_steps:  # replicas that are apart look noisier than they are
+        if seen.noise_scale > 0:
             found = replace(found, noise_scale=seen.noise_scale)
         if seen.memory_share > 0:
             batch = max(self.memory_batch, ran.batch_per_rank)
