@@ -1,6 +1,6 @@
 """The trainer's own cost: samples/s and memory of one rank against a bare PyTorch loop on the same work.
 
-    python -m benchmarks.loop_overhead [--quick] [--out benchmarks/results/loop_overhead.json]
+    python -m benchmarks.loop_overhead [--only speed] [--quick] [--out benchmarks/results/loop_overhead.json]
 
 Both train the FedAvg CNN with the same optimizer on the same pictures. Speed: interleaved repeats in one process, at
 period 1, by batch. Memory: a fresh process each, the peak beyond what importing and loading the data took, in a local
@@ -91,7 +91,7 @@ def ours(
 
 
 WARM_UP = 5
-HIDDEN = (512, 4_096)
+BATCHES, HIDDEN = (32, 256), (512, 4_096)
 MODES: dict[str, dict[str, Any]] = {
     "blocking": {},
     "delayed float32": {"delay_steps": 8},
@@ -168,32 +168,52 @@ def memory(data: DataConfig, batch: int, hidden: int, repeats: int) -> dict[str,
     }
 
 
+def speeds(data: DataConfig, repeats: int, seconds: float) -> list[dict[str, Any]]:
+    """By batch."""
+    found = []
+    for batch in BATCHES:
+        figures = speed(data, batch, repeats, seconds)
+        found.append(figures)
+        print(
+            f"batch {batch}: ours {figures['ours_samples_per_s']:,.0f}, bare {figures['bare_samples_per_s']:,.0f} "
+            f"samples/s, ratio {figures['ratio']:.3f} ({min(figures['ratios']):.3f} to {max(figures['ratios']):.3f})",
+            flush=True,
+        )
+    return found
+
+
+def memories(data: DataConfig, repeats: int) -> list[dict[str, Any]]:
+    """By size."""
+    found = []
+    for hidden in HIDDEN:
+        figures = memory(data, 32, hidden, repeats)
+        found.append(figures)
+        for mode, above in figures["above_in_parameters"].items():
+            size = f"{figures['parameter_bytes'] / 1e6:.1f} MB"
+            print(
+                f"peak of a rank, {size}, {mode}: {above:.2f} x the parameters' bytes above the bare loop's", flush=True
+            )
+    return found
+
+
 def main() -> None:
-    """Measure, print a table, write the raw figures."""
+    """Measure, print, write the raw figures."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.loop_overhead", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="a minute instead of several")
+    parser.add_argument("--only", choices=("speed", "memory"), help="measure one, and keep the other as it was")
+    parser.add_argument("--quick", action="store_true", help="a minute instead of several; keeps nothing")
     parser.add_argument("--data", default="data", help="folder of Fashion-MNIST")
     parser.add_argument("--out", default="benchmarks/results/loop_overhead.json")
     args = parser.parse_args()
     data = DataConfig(root=args.data)
     repeats, seconds = (3, 2.0) if args.quick else (9, 8.0)
     torch.set_num_threads(1)
-    result: dict[str, Any] = {"provenance": provenance(), "speed": [], "quick": args.quick}
-    for batch in (32, 256):
-        figures = speed(data, batch, repeats, seconds)
-        result["speed"].append(figures)
-        print(
-            f"batch {batch}: ours {figures['ours_samples_per_s']:,.0f}, bare {figures['bare_samples_per_s']:,.0f} "
-            f"samples/s, ratio {figures['ratio']:.3f} ({min(figures['ratios']):.3f} to {max(figures['ratios']):.3f})",
-            flush=True,
-        )
-    result["memory"] = [memory(data, 32, hidden, 2 if args.quick else 5) for hidden in HIDDEN]
-    for found in result["memory"]:
-        for mode, above in found["above_in_parameters"].items():
-            size = f"{found['parameter_bytes'] / 1e6:.1f} MB"
-            print(f"peak memory of a rank, {size}, {mode}: {above:.2f} x the parameters' bytes above the bare loop's")
-    if not args.quick:
-        Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
+    out = Path(args.out)
+    result: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {}
+    for part in [args.only] if args.only else ["speed", "memory"]:
+        measured = speeds(data, repeats, seconds) if part == "speed" else memories(data, 2 if args.quick else 3)
+        result[part] = {"provenance": provenance(), "measured": measured}
+        if not args.quick:
+            out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
