@@ -61,9 +61,11 @@ def measure(repeats: int) -> dict[str, float]:
         notes.begin()
 
     def buckets() -> None:
-        for own, mean in zip(flat, flat, strict=True):
-            notes.averaged(notes.bucket(own), mean)
-        notes.end_step()
+        own = [notes.bucket(bucket) for bucket in flat]
+        for squared, mean in zip(own, flat, strict=True):
+            assert squared is not None, "an observation's first step is noted"
+            notes.averaged(squared, mean)
+        notes.sum_up()
 
     for number in range(repeats * OBSERVE):
         found["step"].append(seconds(step))

@@ -37,6 +37,7 @@ LAYERS = [
     "part",
     "averaging",
     "delay",
+    "timetable",
     "parallel",
     "early_end",
     "sync",

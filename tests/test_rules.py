@@ -31,7 +31,7 @@ from trainer.policies import (
     PostLocal,
     SelSync,
 )
-from trainer.policies.goodput import Costs, line_at, worth
+from trainer.policies.goodput import Costs, fitted, worth
 from trainer.rate import ScaledRate
 
 
@@ -159,16 +159,38 @@ def test_rate_rules(rule: Any, expected: float) -> None:
 # ---- autopilot
 
 
-def test_a_line_is_fitted_exactly_and_promises_nothing_unseen() -> None:
-    assert math.isnan(line_at([], 3))
-    assert line_at([(32, 0.64)], 64) == pytest.approx(1.28), "through the origin"
-    assert line_at([(x, 0.1 + 0.002 * x) for x in (32, 128, 64)], 256) == pytest.approx(0.1 + 0.512)
-    assert line_at([(1, 2.0), (2, 1.0)], 8) == 1.5
-    assert line_at([(1, 1.0), (2, 3.0)], 8) == pytest.approx(8 * 7 / 5)
+def test_a_plane_is_fitted_exactly_and_promises_nothing_unseen() -> None:
+    def line(*points: tuple[float, float]) -> Any:
+        return pytest.approx(fitted([(x, 0.0, t) for x, t in points]), abs=1e-9)
+
+    assert all(map(math.isnan, fitted([])))
+    assert line((32, 0.64)) == (0, 0.02, 0), "through the origin"
+    assert line((32, 0.164), (128, 0.356), (64, 0.228)) == (0.1, 0.002, 0)
+    assert line((1, 2.0), (2, 1.0)) == (1.5, 0, 0)
+    assert line((1, 1.0), (2, 3.0)) == (0, 7 / 5, 0)
+    plane = [(x, y, 0.01 + 0.001 * x + 0.02 * y) for x, y in ((32, 0), (64, 0), (32, 0.25), (64, 0.5), (32, 0.5))]
+    assert fitted(plane) == pytest.approx((0.01, 0.001, 0.02))
+    assert fitted([(32, 0, 0.032), (32, 0.5, 0.042)]) == pytest.approx((0, 0.001, 0.02))
+    assert fitted([(32, 0, 0.032), (32, 0.5, 0.022)])[2] == 0, "an average does not speed training up"
+
+
+def test_an_average_beside_training_is_not_free() -> None:
+    costs = Costs()
+    for delay, period, step_s in ((0, 8, 0.02), (2, 2, 0.03)):
+        seen = seen_by(Plan(32, period, delay_steps=delay), round=1, transfer_s=0.01, delay_steps=delay)
+        seen = replace(seen, plan=seen.ran, phase_steps=10 * period, slowest_compute_s=period * step_s)
+        costs = Costs.restored(costs.saw(seen).state())
+    assert costs.step(32) == pytest.approx(0.02)
+    assert costs.beside_s == pytest.approx(0.02)
+    hidden, blocking = (
+        worth(Plan(32, 4, delay_steps=delay, wire_format="float32"), costs, 2, 32, 0.01) for delay in (1, 0)
+    )
+    assert hidden.samples_per_s == pytest.approx(256 / (0.08 + 0.02))
+    assert blocking.samples_per_s == pytest.approx(256 / (0.08 + 0.01))
 
 
 def test_worth_is_throughput_times_efficiency() -> None:
-    costs = Costs(step_s={"10": 0.1}, transfer_s={"float32": 1.0}, noise_scale=200.0, drift=1e-3)
+    costs = Costs(step_s={"10 0": 0.1}, transfer_s={"float32": 1.0}, noise_scale=200.0, drift=1e-3)
     blocking = worth(Plan(10, 4, delay_steps=0, wire_format="float32"), costs, 2, 10, 0.01)
     assert blocking.samples_per_s == pytest.approx(2 * 10 * 4 / (0.4 + 1.0))
     assert blocking.efficiency == pytest.approx(1 / (1 + 3.2e-3 / 0.01)), "4^2.5 / (2.5 * 4) = 3.2"

@@ -14,7 +14,7 @@ deviation), which is about what the gradients' own noise does to it."""
 SKETCH_NAMES = tuple(f"sketch{number}" for number in range(SKETCH))
 CHANGE_WINDOW = 25
 """Noted steps over which the change of the gradient's norm is smoothed."""
-KEPT = ("_own", "_mean", "_count", "_sketch", "_norm", "_change", "_weight")
+KEPT = ("_own", "_mean", "_count", "_steps", "_rest", "_sketch", "_norm", "_change", "_weight")
 
 
 class GradientNotes:
@@ -23,22 +23,42 @@ class GradientNotes:
 
     A sketch adds up the gradient's values, with signs drawn at random, in `SKETCH` bins (count sketch, Charikar et al.
     2002): the product of two ranks' sketches is that of their gradients, in the mean over the signs.
+
+    Args:
+        device: of the gradients.
+        rest_steps: the fewest local steps between two notes of a local phase.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, rest_steps: int = 1) -> None:
         # as much as a core's cache holds, or as is worth a kernel
         self._piece = 2**22 if device.type == "cuda" else 2**16
         signs = torch.randint(0, 2, (self._piece + SKETCH,), generator=torch.Generator().manual_seed(0))
         self._signs = signs.mul_(2).sub_(1).to(device, torch.float32)
         self._buckets: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._norm = self._change = self._weight = 0.0
+        self._rest_steps, self._rest = rest_steps, 0
         self.begin()
 
     def begin(self) -> None:
         """Begin the next observation."""
         self._own = self._mean = 0.0
-        self._count = 0
+        self._count = self._steps = 0
         self._sketch: list[float] | None = None
+
+    def look(self, gradients: Sequence[torch.Tensor | None], number: int, *, every: bool) -> None:
+        """In a local phase, before an update: note the observation's first gradient, and with `every` follow the
+        others' norms."""
+        if not self._steps and not self._rest:
+            self._rest = self._rest_steps
+            self.note(gradients, number)
+        elif every:
+            self.follow(gradients)
+
+    def end_step(self) -> None:
+        """A local step is over, whether it was skipped or not."""
+        self._steps += 1
+        self._rest = max(0, self._rest - 1)
+        self._buckets = []
 
     @torch.no_grad()
     def note(self, gradients: Sequence[torch.Tensor | None], number: int) -> None:
@@ -71,25 +91,22 @@ class GradientNotes:
         self._follow(sq_norm)
         return sq_norm
 
-    def bucket(self, own: torch.Tensor) -> torch.Tensor:
-        """At period 1: the squared norm of a bucket of this rank's gradient, before it is averaged in place."""
-        return _squared(own)
+    def bucket(self, own: torch.Tensor) -> torch.Tensor | None:
+        """At period 1, in an observation's first step: the squared norm of a bucket of this rank's gradient, before it
+        is averaged in place."""
+        return _squared(own) if not self._steps else None
 
     def averaged(self, own: torch.Tensor, mean: torch.Tensor) -> None:
         """At period 1: what `bucket` said, and the averaged bucket. Buckets may end in any order, on any stream."""
         self._buckets.append((own, _squared(mean)))
 
-    def end_step(self, scale: float = 1.0) -> None:
-        """At period 1, once the gradients are there: sum up the step; `scale` is what the loss scaler has put on."""
+    def sum_up(self, scale: float = 1.0) -> None:
+        """At period 1, once the gradients are there: sum up the noted step; `scale` is the loss scaler's."""
         if self._buckets:
             own, mean = (float(torch.stack(norms).sum()) / scale**2 for norms in zip(*self._buckets, strict=True))
             self._buckets = []
             self._own, self._mean, self._count = self._own + own, self._mean + mean, self._count + 1
             self._follow(own)
-
-    def drop_step(self) -> None:
-        """At period 1: the step was skipped."""
-        self._buckets = []
 
     def header(self) -> dict[str, float]:
         """What the others are told: squared norms as means over the noted steps, NaN where there are none."""

@@ -3,7 +3,6 @@
 # Annotations are evaluated in this file: DDP checks those of its communication hook.
 
 import warnings
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -26,12 +25,10 @@ POWERSGD_FROM_STEP = 10  # DDP's buckets change after its first step, and early 
 class GradientAverage:
     """DDP round a model, put on and taken off: its buckets are a gradient's worth of memory."""
 
-    def __init__(
-        self, model: nn.Module, gradient_format: GradientFormat, listener: Callable[[], GradientNotes | None]
-    ) -> None:
+    def __init__(self, model: nn.Module, gradient_format: GradientFormat) -> None:
         self.model = model
         self.gradient_format = gradient_format
-        self._listener = listener
+        self._notes: GradientNotes | None = None
         self._via: Collectives | None = None
         self._parallel: DistributedDataParallel | None = None
         self._powersgd: PowerSGDState | None = None
@@ -52,8 +49,10 @@ class GradientAverage:
         assert self._via is not None
         return self._via
 
-    def put_on(self, via: Collectives | None, *, find_unused: bool) -> None:
+    def put_on(self, via: Collectives | None, notes: GradientNotes | None = None, *, find_unused: bool) -> None:
         """Wrap the model afresh, to average gradients over these ranks; None takes the wrapper off.
+
+        `notes` is shown every bucket before and after its average.
 
         A fresh wrapper begins with the same buckets, and a compressor with no memory, wherever it is made; so a run
         that rewraps at a checkpoint goes on bit for bit as one that is resumed from it.
@@ -61,7 +60,7 @@ class GradientAverage:
         self.take_off()
         if via is None or via.size == 1:
             return
-        self._via = via
+        self._via, self._notes = via, notes
         with warnings.catch_warnings():
             # the name that every torch since 2.10 knows, and the only one that syncs no buffer here
             warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
@@ -84,7 +83,7 @@ class GradientAverage:
 
     def take_off(self) -> None:
         """Unwrap the model."""
-        self._parallel = self._powersgd = self._via = None
+        self._parallel = self._powersgd = self._via = self._notes = None
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Gradients stay on this rank."""
@@ -93,7 +92,7 @@ class GradientAverage:
     def _hook(self, _: object, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
         """The average of a bucket, with its bytes counted and the end of the compute noted."""
         via = self.collectives
-        notes = self._listener()
+        notes = self._notes
         own = notes.bucket(bucket.buffer()) if notes is not None else None
         if bucket.is_last():
             via.begin_overlap()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
 from typing import Any
@@ -14,13 +14,12 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from trainer.averaging import AGREED, Averager, Header, Transfer
+from trainer.averaging import AGREED, Averager, Header
 from trainer.clock import Clock
 from trainer.collectives import Collectives
 from trainer.config import SyncConfig
 from trainer.controller import Controller
 from trainer.data import ShardStream
-from trainer.delay import Delay
 from trainer.early_end import EarlyEnd
 from trainer.gradients import GradientNotes
 from trainer.ledger import Ledger, compare
@@ -31,6 +30,7 @@ from trainer.policies import Policy
 from trainer.rate import ScaledRate
 from trainer.replica import Replica, recalibrate
 from trainer.rounds import Round, Rounds
+from trainer.timetable import Timetable
 from trainer.world import World
 
 
@@ -88,16 +88,14 @@ class LocalSGD:
         self.local_step = 0
         self.rounds = 0
         self._averager = Averager(self.replica, settings, self.collectives, self.clock)
-        self._notes = GradientNotes(device)
+        self._notes = GradientNotes(device, settings.observe_steps)
         self._early = EarlyEnd(self.replica, self._notes, self.collectives)
-        self._parallel = GradientAverage(model, settings.gradient_format, self._listener)
-        self._delay = Delay(settings)
+        self._parallel = GradientAverage(model, settings.gradient_format)
         self._ledger = Ledger(device)
         self._told = Rounds(self.controller)
+        self._timetable = Timetable(self._averager, settings, self._told, self._header)
         self._stop_asked = False
-        self._are_one = True  # the replicas
         self._round_steps = 0
-        self._note_from = 0
         self._batch_samples: int | None = None
         self._rate = ScaledRate(optimizer, self._before_update)
 
@@ -156,20 +154,11 @@ class LocalSGD:
         self.clock.overlap_ends()
         if not self._parallel.on:
             gradients = [p.grad for p in self.replica.parameters]
-            first = self._round_steps == 0 and self._ledger.steps == 0
-            if first and self.local_step >= self._note_from:
-                self._note_from = self.local_step + self.settings.observe_steps
-                self._notes.note(gradients, self.rounds)
-            elif self.plan.early_end == "gradient_change":
-                self._notes.follow(gradients)
+            self._notes.look(gradients, self.rounds, every=self.plan.early_end == "gradient_change")
         elif self.plan.sync_period_steps == 1:
             scaled = self.scaler is not None and self.scaler.is_enabled()
-            self._notes.end_step(self.scaler.get_scale() if scaled and self.scaler else 1.0)
+            self._notes.sum_up(self.scaler.get_scale() if scaled and self.scaler else 1.0)
         return self.lr_scale
-
-    def _listener(self) -> GradientNotes | None:
-        """At period 1, who listens to the first step of an observation."""
-        return self._notes if self.plan.sync_period_steps == 1 and self._ledger.steps == 0 else None
 
     def batches(self, dataset: Any, samples: int | None = None, *, seed: int = 0) -> Iterator[tuple[Any, Any]]:
         """This rank's shard in batches of the planned size, until all ranks together have trained `samples`.
@@ -240,21 +229,14 @@ class LocalSGD:
         self.local_step += 1
         self._round_steps += 1
         self._ledger.count(loss, count, skipped=skipped, right=right)
-        self._notes.drop_step()
-        self._are_one &= self.plan.sync_period_steps == 1
+        self._notes.end_step()
+        self._timetable.are_one &= self.plan.sync_period_steps == 1
         if self.plan.sync_period_steps <= 1:
             return self._end_lone_step()
-        self._land(due=self.local_step)
+        self._timetable.land(self.local_step)
         if self._round_steps >= self.plan.sync_period_steps:
             return self._end_round()
-        if self.settings.node_period_steps and self._round_steps % self.settings.node_period_steps == 0:
-            self._averager.average_within(self._averager.everything, self._ledger.samples)
-        for fragment in self._averager.everything:
-            last = fragment == self._averager.everything[-1]
-            if not last and self._round_steps == self._turn(fragment):
-                self._take([flying for flying in self._averager.flying if fragment in flying.fragments])
-                self._averager.send([fragment], self._header(), self.local_step, self._delay_steps())
-                self._land(due=self.local_step)
+        self._timetable.within_round(self.plan, self._round_steps, self.local_step, self._ledger.samples)
         if self.plan.early_end != "never" and self._early.reached(self.plan):
             return self._end_round()
         return []
@@ -267,7 +249,7 @@ class LocalSGD:
     def finish(self) -> list[Round]:
         """End the open round early, take what is under way, and make the replicas one model."""
         ended = self.settle()
-        self._make_one()
+        self._timetable.make_one(self.local_step)
         return ended
 
     def settle(self) -> list[Round]:
@@ -275,7 +257,7 @@ class LocalSGD:
         if self.plan.sync_period_steps <= 1:
             return self._observe() if self._ledger.steps else []
         ended = self._end_round() if self._round_steps else []
-        self._make_one()
+        self._timetable.make_one(self.local_step)
         return ended + self._hear()
 
     def ask_to_stop(self) -> None:
@@ -293,9 +275,9 @@ class LocalSGD:
             calibration: inputs of this rank for `batch_norm = recalibrate`.
         """
         self.settle()
-        apart = [] if self._are_one else self.replica.flat_parameters.adopt()
+        apart = [] if self._timetable.are_one else self.replica.flat_parameters.adopt()
         replica = [flat.clone() for flat in apart]
-        self._make_one()
+        self._timetable.make_one(self.local_step)
         model = self.replica.model
         keep = self.replica.flat_buffers.adopt() if self.settings.batch_norm == "keep" else []
         own = [buffer.clone() for buffer in keep]
@@ -310,7 +292,7 @@ class LocalSGD:
             model.train(training)
             for live, value in zip([*keep, *apart], [*own, *replica], strict=True):
                 live.copy_(value)
-            self._are_one = not apart
+            self._timetable.are_one = not apart
 
     def saw_accuracy(self, accuracy: float) -> None:
         """Tell the policy an evaluation's result (the same number on every rank)."""
@@ -327,15 +309,13 @@ class LocalSGD:
     def _end_round(self) -> list[Round]:
         self.rounds += 1
         self._round_steps = 0
-        due = [each for each in self._averager.everything if self._turn(each) >= self.plan.sync_period_steps]
-        self._take([flying for flying in self._averager.flying if set(flying.fragments) & set(due)])
+        fragments = self._timetable.last_of_round(self.plan, self.local_step)
         header = self._header()
         self._told.send(header)
         self._begin_observation()
         ran = self.plan
         heard = self._told.decide()  # of earlier rounds: the Plan may change now
-        self._averager.send(due, header, self.local_step, self._delay_steps(), ends_round=True)
-        self._land(due=self.local_step)
+        self._timetable.send(fragments, header, self.plan, self.local_step, ends_round=True)
         heard += self._told.decide()
         self._enter_plan(ran)
         return heard
@@ -367,25 +347,6 @@ class LocalSGD:
         self._enter_plan(ran)
         return heard
 
-    def _land(self, due: float) -> None:
-        """Take every average that is due at this local step."""
-        self._take([flying for flying in self._averager.flying if flying.land_at <= due])
-
-    def _take(self, transfers: Sequence[Transfer]) -> None:
-        """Take these averages, and what they tell."""
-        for transfer in transfers:
-            arrived = self._averager.land(transfer, self.local_step)
-            self._delay.saw(arrived.transfer_s, arrived.headers)
-            whole = transfer.fragments == tuple(self._averager.everything) and self.settings.mixing == 1
-            self._are_one |= whole and transfer.sent_at == self.local_step
-            if transfer.ends_round:
-                self._told.tell(
-                    arrived.headers,
-                    divergence=arrived.divergence,
-                    model_sq_norm=arrived.sq_norm,
-                    delay_steps=min(transfer.land_at, self.local_step) - transfer.sent_at,
-                )
-
     def _header(self) -> Header:
         return {
             "round": self.rounds,
@@ -398,26 +359,11 @@ class LocalSGD:
             "stop": self._stop_asked,
             "no_gradient": self.replica.without_gradient(),
             "layout": self.replica.layout_digest(),
-            "transfer_s": self._delay.transfer_s,
+            "transfer_s": self._timetable.transfer_s,
             "memory": memory_share(self.world.device, self.world.local_size),
             **self._ledger.header(self.clock.read(), self.collectives.sent_bytes),
             **self._notes.header(),
         }
-
-    def _turn(self, fragment: int) -> int:
-        """Local step of a round at whose end this fragment is sent."""
-        return -(-(fragment + 1) * self.plan.sync_period_steps // self.settings.fragments)
-
-    def _delay_steps(self) -> int:
-        return self._delay.steps(self._averager.settings.delay_steps, self.plan.sync_period_steps)
-
-    def _make_one(self) -> None:
-        """Take what is under way, and where that leaves replicas apart average them once more."""
-        self._land(due=math.inf)
-        if not self._are_one:
-            self._averager.send(self._averager.everything, self._header(), self.local_step, plainly=True)
-            self._averager.land(self._averager.flying[-1], self.local_step, wholly=True)
-            self._are_one = True
 
     def _enter_plan(self, before: Plan) -> None:
         """Make the ranks ready for the current Plan: period 1 needs one model, one optimizer state and one loss scale
@@ -425,10 +371,9 @@ class LocalSGD:
         kind, kind_before = min(self.plan.sync_period_steps, 2), min(before.sync_period_steps, 2)
         settings = self.settings.under(self.plan)
         if kind != kind_before or settings != self._averager.settings:
-            self._make_one()
+            self._timetable.make_one(self.local_step)
         if settings != self._averager.settings:
-            self._averager.use(settings)
-            self._delay.forget()
+            self._timetable.use(settings)
         if kind_before == 1 != kind:
             self._averager.rebase()
             self.rewrap()
@@ -446,10 +391,12 @@ class LocalSGD:
 
     def rewrap(self) -> None:
         """Put DDP round the model while gradients are averaged, over all ranks or a node's, and only then."""
-        via: Collectives | None = self.collectives
-        if self.plan.sync_period_steps != 1:
-            via = self.collectives.within if self.settings.node_period_steps == 1 else None
-        self._parallel.put_on(via, find_unused=self.settings.find_unused_parameters or self._told.no_gradient)
+        find_unused = self.settings.find_unused_parameters or self._told.no_gradient
+        if self.plan.sync_period_steps == 1:
+            self._parallel.put_on(self.collectives, self._notes, find_unused=find_unused)
+        else:
+            nodes = self.collectives.within if self.settings.node_period_steps == 1 else None
+            self._parallel.put_on(nodes, find_unused=find_unused)
 
     # ---- checkpoints
 
@@ -459,14 +406,12 @@ class LocalSGD:
             "local_step": self.local_step,
             "rounds": self.rounds,
             "round_steps": self._round_steps,
-            "note_from": self._note_from,
             "ledger": self._ledger.state_dict(),
             "told": self._told.state_dict(),
             "notes": self._notes.state_dict(),
             "early": self._early.state_dict(),
             "averager": self._averager.state_dict(),
-            "delay": self._delay.state_dict(),
-            "are_one": self._are_one,
+            "timetable": self._timetable.state_dict(),
             "sent_bytes": self.collectives.sent_bytes,
             "clock": self.clock.state_dict(),
         }
@@ -474,15 +419,14 @@ class LocalSGD:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint: called inside the `with` block, once model and optimizer are loaded."""
         self.local_step, self.rounds = state["local_step"], state["rounds"]
-        self._round_steps, self._are_one = state["round_steps"], state["are_one"]
-        self._note_from = state["note_from"]
+        self._round_steps = state["round_steps"]
         self._ledger.load_state_dict(state["ledger"])
         self._told.load_state_dict(state["told"])
         self._averager.use(self.settings.under(self.plan))
         self._averager.load_state_dict(state["averager"])
         self._notes.load_state_dict(state["notes"])
         self._early.load_state_dict(state["early"])
-        self._delay.load_state_dict(state["delay"])
+        self._timetable.load_state_dict(state["timetable"])
         self.collectives.sent_bytes = state["sent_bytes"]
         self.clock.load_state_dict(state["clock"])
         self.rewrap()

@@ -9,7 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Any
+
+import numpy as np
 
 from trainer.plan import Observation, Plan
 
@@ -22,23 +25,25 @@ DRIFT_POWER = 1.5
 """Squared distance of replicas by local steps: 1 for a random walk, up to 3 within the memory of a momentum."""
 
 
-def line_at(points: Sequence[tuple[float, float]], x: float) -> float:
-    """Height at x > 0 of the least-squares line a + c · x through points above zero, a and c at least 0.
+def fitted(points: Sequence[tuple[float, float, float]]) -> tuple[float, float, float]:
+    """The least-squares a, c, v, none below 0, of t = a + c · x + v · y through points (x, y, t); NaN without points.
 
-    Of one point alone, the line goes through the origin: no gain is promised that was not seen. NaN without points.
+    Of fits that are as good the one that promises least: of one point alone a plane through the origin, so that neither
+    a larger x nor a smaller y gains what was not seen.
     """
     if not points:
-        return math.nan
-    mean_x = sum(px for px, _ in points) / len(points)
-    mean_y = sum(py for _, py in points) / len(points)
-    spread = sum((px - mean_x) ** 2 for px, _ in points)
-    if not spread:
-        return mean_y / mean_x * x
-    slope = sum((px - mean_x) * (py - mean_y) for px, py in points) / spread
-    start = mean_y - slope * mean_x
-    if start < 0:
-        return sum(px * py for px, py in points) / sum(px * px for px, _ in points) * x
-    return start + slope * x if slope > 0 else mean_y
+        return math.nan, math.nan, math.nan
+    x, y, t = np.array(points, dtype=np.float64).T
+    columns = np.stack([np.ones_like(x), x, y], axis=1)
+    best, least = np.full(3, math.nan), math.inf
+    for chosen in ([1], [0, 1], [1, 2], [0, 1, 2], [0], [0, 2]):
+        found = np.zeros(3)
+        found[chosen] = np.linalg.lstsq(columns[:, chosen], t, rcond=None)[0]
+        error = float(np.square(columns @ found - t).sum())
+        if found.min() >= 0 and error < least - 1e-9 * float(np.square(t).sum()):
+            best, least = found, error
+    start, slope, beside = best.tolist()
+    return start, slope, beside
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,7 @@ class Costs:
     """What was measured of compute, network, gradients and replicas so far."""
 
     step_s: Mapping[str, float] = field(default_factory=dict)
-    """Seconds of a local step by batch, where it was seen."""
+    """Seconds of a local step by "batch averages" as seen, with the averages a step that go on beside training."""
     transfer_s: Mapping[str, float] = field(default_factory=dict)
     """Seconds of an average by wire format, where it was seen."""
     drift: float = math.nan
@@ -65,9 +70,9 @@ class Costs:
         begins = 2 if seen.delay_steps else 1  # rounds
         settled = ran == seen.plan and seen.phase_steps > begins * seen.steps > 0
         if settled and seen.slowest_compute_s > 0:
-            found = replace(
-                found, step_s=_with(self.step_s, str(ran.batch_per_rank), seen.slowest_compute_s / seen.steps)
-            )
+            beside = 1 / ran.sync_period_steps if seen.delay_steps and ran.sync_period_steps > 1 else 0
+            seconds = seen.slowest_compute_s / seen.steps
+            found = replace(found, step_s=_with(self.step_s, f"{ran.batch_per_rank} {beside:g}", seconds))
         if settled and seen.transfer_s > 0 and ran.sync_period_steps > 1:
             found = replace(found, transfer_s=_with(self.transfer_s, ran.wire_format or "float32", seen.transfer_s))
         if seen.divergence > 0 and seen.model_sq_norm > 0 and seen.steps:
@@ -83,8 +88,20 @@ class Costs:
         return found
 
     def step(self, batch: int) -> float:
-        """Seconds of a local step: by a line through what was measured; NaN where nothing was."""
-        return line_at([(float(each), seconds) for each, seconds in self.step_s.items()], batch)
+        """Seconds of a local step, by what was measured; NaN where nothing was."""
+        start, slope, _ = self._fit
+        return start + slope * batch
+
+    @property
+    def beside_s(self) -> float:
+        """Seconds by which an average slows the local steps that it goes on beside, in all: its work is done by the
+        cores, and the memory, that train."""
+        return self._fit[2]
+
+    @cached_property
+    def _fit(self) -> tuple[float, float, float]:
+        seen = [(each.split(), seconds) for each, seconds in self.step_s.items()]
+        return fitted([(float(batch), float(beside), seconds) for (batch, beside), seconds in seen])
 
     def transfer(self, wire: str) -> float:
         """Seconds of one average: measured, or from another format's by its bytes; NaN where none was seen."""
@@ -158,7 +175,8 @@ def worth(plan: Plan, costs: Costs, ranks: int, base_batch: int, max_drift: floa
         exposed = max(0.0, costs.transfer("float32") - 0.5 * step_s) if ranks > 1 else 0.0
     else:
         exposed = max(0.0, transfer_s - delay * step_s)
-    round_s = period * step_s + exposed
+    beside_s = costs.beside_s if delay and period > 1 else 0.0
+    round_s = period * step_s + beside_s + exposed
     efficiency, drift = 1.0, 0.0
     if batch > base_batch:
         noise = costs.noise_scale

@@ -1,0 +1,112 @@
+"""When averages are sent and taken: the model's fragments in turn, each landing some local steps after it was sent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from trainer.averaging import Averager, Header, Transfer
+from trainer.config import SyncConfig
+from trainer.delay import Delay
+from trainer.plan import Plan
+from trainer.rounds import Rounds
+
+
+class Timetable:
+    """The averages of one replica in time: every rank sends and takes the same ones at the same local steps.
+
+    Args:
+        averager: what sends and lands.
+        settings: how many fragments, how late, and how often inside a node.
+        told: who hears what a round's average brought.
+        header: this rank's numbers for the others, as they are when it is called.
+    """
+
+    def __init__(self, averager: Averager, settings: SyncConfig, told: Rounds, header: Callable[[], Header]) -> None:
+        self._averager, self._settings, self._told, self._header = averager, settings, told, header
+        self._delay = Delay(settings)
+        self.are_one = True
+        """The replicas are equal on all ranks."""
+
+    @property
+    def transfer_s(self) -> float:
+        """Seconds that this rank's latest transfer took; NaN before the first."""
+        return self._delay.transfer_s
+
+    def use(self, settings: SyncConfig) -> None:
+        """Average as these settings say from now on: every rank calls it, with replicas that are one."""
+        self._averager.use(settings)
+        self._delay.forget()
+
+    def within_round(self, plan: Plan, round_steps: int, now: int, samples: float) -> None:
+        """What is due after a local step that does not end a round: the node's average, a fragment's turn.
+
+        Args:
+            plan: the round's, with a period above 1.
+            round_steps: local steps of the round so far.
+            now: the local step.
+            samples: trained by this rank since the replicas were last averaged.
+        """
+        fragments = self._averager.everything
+        if self._settings.node_period_steps and round_steps % self._settings.node_period_steps == 0:
+            self._averager.average_within(fragments, samples)
+        for fragment in fragments[:-1]:
+            if round_steps == self._turn(fragment, plan):
+                self._take_of([fragment], now)
+                self.send([fragment], self._header(), plan, now)
+
+    def last_of_round(self, plan: Plan, now: int) -> list[int]:
+        """The fragments to be sent at a round's end; what is still under way of them is taken."""
+        due = [each for each in self._averager.everything if self._turn(each, plan) >= plan.sync_period_steps]
+        self._take_of(due, now)
+        return due
+
+    def send(self, fragments: Sequence[int], header: Header, plan: Plan, now: int, *, ends_round: bool = False) -> None:
+        """Send these fragments' average, to be taken as many steps later as the settings say, within `plan`'s round."""
+        delay_steps = self._delay.steps(self._averager.settings.delay_steps, plan.sync_period_steps)
+        self._averager.send(fragments, header, now, delay_steps, ends_round=ends_round)
+        self.land(now)
+
+    def land(self, now: int) -> None:
+        """Take every average that is due at this local step."""
+        self._take((flying for flying in self._averager.flying if flying.land_at <= now), now)
+
+    def make_one(self, now: int) -> None:
+        """Take what is under way, and where that leaves replicas apart average them once more."""
+        self._take(self._averager.flying, now)
+        if not self.are_one:
+            self._averager.send(self._averager.everything, self._header(), now, plainly=True)
+            self._averager.land(self._averager.flying[-1], now, wholly=True)
+            self.are_one = True
+
+    def _take_of(self, fragments: Iterable[int], now: int) -> None:
+        """Take what is under way of these fragments."""
+        self._take((flying for flying in self._averager.flying if {*flying.fragments} & {*fragments}), now)
+
+    def _take(self, transfers: Iterable[Transfer], now: int) -> None:
+        """Take these averages, and pass on what they tell."""
+        for transfer in [*transfers]:
+            arrived = self._averager.land(transfer, now)
+            self._delay.saw(arrived.transfer_s, arrived.headers)
+            whole = transfer.fragments == tuple(self._averager.everything) and self._settings.mixing == 1
+            self.are_one |= whole and transfer.sent_at == now
+            if transfer.ends_round:
+                self._told.tell(
+                    arrived.headers,
+                    divergence=arrived.divergence,
+                    model_sq_norm=arrived.sq_norm,
+                    delay_steps=min(transfer.land_at, now) - transfer.sent_at,
+                )
+
+    def _turn(self, fragment: int, plan: Plan) -> int:
+        """Local step of a round at whose end this fragment is sent."""
+        return -(-(fragment + 1) * plan.sync_period_steps // self._settings.fragments)
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint; the averager's own state is apart."""
+        return {"delay": self._delay.state_dict(), "are_one": self.are_one}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self._delay.load_state_dict(state["delay"])
+        self.are_one = state["are_one"]
