@@ -154,10 +154,15 @@ METHODS: dict[str, Any] = {
     "ebbtide_int4": ours(wire_format="int4", delay_steps="auto", fragments=2),
     "ebbtide_whole": ours(wire_format="int8", delay_steps="auto"),
     "ebbtide_whole_int4": ours(wire_format="int4", delay_steps="auto"),
+    "ebbtide_whole_bf16": ours(wire_format="bf16", delay_steps="auto"),
+    "ebbtide_whole_float32": ours(delay_steps="auto"),
     "ebbtide_blocking": ours(),
     "ebbtide_blocking_int8": ours(wire_format="int8"),
     "ebbtide_overlap_float32": ours(delay_steps=16),
     "ebbtide_int4_period_32": ours(wire_format="int4", delay_steps="auto", max_delay_steps=32, period=32),
+    "ebbtide_int4_period_32_halves": ours(
+        wire_format="int4", delay_steps="auto", max_delay_steps=32, period=32, fragments=2
+    ),
     "ebbtide_int4_period_64": ours(wire_format="int4", delay_steps="auto", max_delay_steps=32, period=64),
     "ebbtide_int4_period_64_halves": ours(
         wire_format="int4", delay_steps="auto", max_delay_steps=32, period=64, fragments=2
