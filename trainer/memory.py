@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import resource
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -20,9 +22,31 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def memory_share(device: torch.device, ranks_here: int) -> float:
-    """The same as a share of what there is: of the device's memory, or of this rank's part of the host's."""
-    if device.type == "cuda":
-        total = torch.cuda.mem_get_info(device)[1]
-    else:
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // ranks_here
+    """The same as a share of what there is: of the device's memory, or of this rank's part of what its host lets the
+    job have."""
+    total = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else memory_of_host() // ranks_here
     return peak_memory_bytes(device) / total
+
+
+@cache
+def memory_of_host(root: Path = Path("/")) -> int:
+    """Bytes that the processes of a job may hold on this host: all of its memory, or what a container or a batch system
+    lets them have (the limits of the process's control group and of those above it, version 1 or 2)."""
+    return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *_limits(root)])
+
+
+def _limits(root: Path) -> Iterator[int]:
+    groups = root / "proc/self/cgroup"
+    for line in groups.read_text().splitlines() if groups.exists() else []:
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            top, name = root / "sys/fs/cgroup", "memory.max"
+        elif "memory" in controllers.split(","):
+            top, name = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes"
+        else:
+            continue
+        inner = Path(path.lstrip("/"))
+        for group in (inner, *inner.parents):
+            limit = top / group / name
+            if limit.exists() and (text := limit.read_text().strip()).isdigit():  # else "max"
+                yield int(text)
