@@ -57,7 +57,7 @@ METHODS = ("small_batch", "large_batch", "alternating", "mostly_large", "autopil
 COLOURS = dict(zip(METHODS, ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7"), strict=True))
 RANKS, SMALL, LARGE, PERIOD = 4, 8, 64, 8
 MODELS, RATES = ("resnet50", "vgg11"), (0.01, 0.03, 0.1)
-TUNING_SEED = 1_000
+MOST_SEEDS, TUNING_SEED = 100, 1_000
 RAMP_SAMPLES = 4 * RANKS * LARGE
 AXES = {"local_step": "iterations", "samples": "samples", "elapsed_s": "seconds"}
 POWER_ITERATIONS = 20
@@ -78,6 +78,10 @@ class Settings:
     quick: bool
     folder: Path = RESULTS
 
+    def stem_of(self, model: str) -> str:
+        """The stem that a model gets."""
+        return "small" if model.startswith("vgg") else self.stem
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -91,7 +95,7 @@ class Trial:
 
     def path(self, settings: Settings) -> Path:
         """Where its result lies."""
-        kind = f"{self.model}-{settings.stem}-{settings.iterations}-{self.method}"
+        kind = f"{self.model}-{settings.stem_of(self.model)}-{settings.iterations}-{self.method}"
         return settings.folder / f"{kind}-{self.role}-{self.lr}-{self.seed}.json"
 
 
@@ -131,7 +135,6 @@ def train(trial: Trial, settings: Settings, root: str) -> str:
     final = trial.role == "final"
     iterations = settings.iterations if final else max(1, settings.iterations // 3)
     policy, samples, every = plan(trial.method, iterations)
-    small = settings.stem == "small" or trial.model.startswith("vgg")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
     command += ["-m", "trainer", "--recipe", f"launch/recipes/{trial.model}.toml", "--world.backend", "gloo"]
     command += [word for name, value in policy.items() for word in (f"--policy.{name}", str(value))]
@@ -140,7 +143,7 @@ def train(trial: Trial, settings: Settings, root: str) -> str:
     command += ["--optim.warmup-samples", str(iterations * RANKS * SMALL // 5)]
     command += ["--eval.every-samples", str(every if final else samples)]
     command += ["--data.test-limit", str(settings.test_limit)]
-    command += ["--task.small-image-stem" if small else "--task.no-small-image-stem"]
+    command += ["--task.small-image-stem" if settings.stem_of(trial.model) == "small" else "--task.no-small-image-stem"]
     command += ["--record.reference-s", "0", "--record.no-progress", "--record.no-tensorboard"]
     env = os.environ | KEEP_MEMORY | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=env, stderr=subprocess.PIPE, text=True, check=False)
@@ -264,10 +267,10 @@ def cell(values: Sequence[float], form: str) -> str:
 def finals(settings: Settings) -> Runs:
     """The finished finals of the chosen rates, by model and method."""
     runs = Runs()
-    for model in settings.models:
+    for model in MODELS:
         for method in METHODS:
             lr = chosen(model, method, settings)
-            paths = [Trial(model, method, "final", lr, seed).path(settings) for seed in range(settings.seeds) if lr]
+            paths = [Trial(model, method, "final", lr, seed).path(settings) for seed in range(MOST_SEEDS) if lr]
             if found := [json.loads(path.read_text()) for path in paths if path.exists()]:
                 runs[model, method] = found
     return runs
@@ -283,7 +286,8 @@ def report(settings: Settings) -> str:
         edge = " (edge)" if lr in (rates[0], rates[-1]) else ""
         lost = f", {len(found) - len(good)} diverged" if len(good) < len(found) else ""
         cells = figures(good, common_second(finished, model), settings) if good else ["diverged"] * 6
-        rows.append([model, f"`{method}`", *cells, f"{lr:g}{edge}", f"{len(found)}{lost}"])
+        name = f"{model}, {settings.stem_of(model)} stem"
+        rows.append([name, f"`{method}`", *cells, f"{lr:g}{edge}", f"{len(found)}{lost}"])
     head = [
         "model",
         "method",
@@ -308,7 +312,7 @@ def figures(good: list[dict[str, Any]], second: float, settings: Settings) -> li
 
 def plot(finished: Runs, settings: Settings, path: Path) -> None:
     """Accuracy by iterations, samples and seconds, a line a run; dotted: where the table reads it."""
-    shown = [model for model in settings.models if any(name == model for name, _ in finished)]
+    shown = [model for model in MODELS if any(name == model for name, _ in finished)]
     if not shown:
         return
     figure = Figure(figsize=(11, 3.4 * len(shown)), layout="constrained")

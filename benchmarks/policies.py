@@ -8,9 +8,9 @@ FedAvg CNN on Fashion-MNIST, 118,784 samples, SGD with Nesterov momentum 0.9, co
 `grid` stands for sixteen constant Plans: batch 16, 32, 64, 128 a rank and period 4, 8, 16, 64, whose rate follows the
 batch as the autopilot's does (the square root, since a constant Plan has no base to gain on). All that average
 parameters send int8 behind delays that hide them; a policy that sets its own is left to it. `synchronous` and
-`large_batch` average gradients at every step, at 32 and 128 samples a rank. With `--tune` each method
-first tries the same three rates at one seed, and goes on with the one that was soonest at the accuracy; without, all
-have 0.05. A finished run is kept in results/policies/ and skipped the next time. Needs root and iproute2.
+`large_batch` average gradients at every step, at 32 and 128 samples a rank. With `--tune` each method first tries the
+same three rates at one seed, and goes on with the one that was soonest at the accuracy; without, all have 0.05. A
+finished run is kept in results/policies/ and skipped the next time. Needs root and iproute2.
 """
 
 from __future__ import annotations
