@@ -240,7 +240,7 @@ class Averager:
             weights = [rank["samples"] / trained if trained else 1 / via.size for rank in headers]
             lr = sum(rank["lr"] for rank in headers) / via.size
             mean = sum(part.exchange(weights, lr, via, delayed=delayed, plainly=plainly) for part in parts)
-            sq_norm = sum(part.agreed_sq_norm() for part in parts) if ends_round else math.nan
+            sq_norm = sum(part.agreed_sq_norm for part in parts) if ends_round else math.nan
             one_layout = len({rank["layout"] for rank in headers}) == 1
             if delayed and not one_layout:
                 carried.leave_state()

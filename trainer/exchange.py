@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 
 from trainer.collectives import Collectives
+from trainer.flat import piece_values, pieces
 from trainer.wire import BLOCK, FORMATS, Cast, Format
 from trainer.world import World
 
@@ -32,10 +33,10 @@ class Exchange(ABC):
     def means(
         self, values: torch.Tensor, weights: Sequence[float], via: Collectives
     ) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Each chunk's place and its mean over the ranks, the same bits on every rank.
+        """Places and their means over the ranks, the same bits on every rank; together they are all of `values`.
 
         `values` (1-d, the rank's own) is consumed: it becomes the mean, or what was lost, or stays. `weights` are all
-        ranks' shares (they sum to 1). The caller takes every chunk, and a mean before it asks for the next.
+        ranks' shares (they sum to 1). The caller takes every place, and a mean before it asks for the next.
         """
 
     def state_dict(self) -> dict[str, torch.Tensor]:
@@ -84,48 +85,49 @@ class PairExchange(Exchange):
         """`values` becomes what was lost."""
         # memory is taken once for all chunks: a training thread beside this one would break it up
         columns = _whole_blocks(min(self._chunk, len(values)))
-        work_type = torch.promote_types(values.dtype, torch.float32)
-        decoded = values.new_empty(2, columns, dtype=work_type)
+        scratch = _scratch(values, 2)
         codes = values.new_empty(AHEAD + 1, 3 * self._format.row_bytes(columns), dtype=torch.uint8)
         begun: deque[tuple[slice, torch.Tensor, Any]] = deque()
         for number, chunk in enumerate(_chunks(len(values), self._chunk)):
-            begun.append(self._show(values[chunk], chunk, codes[number % len(codes)], decoded[:1], via))
+            begun.append(self._show(values[chunk], chunk, codes[number % len(codes)], scratch, via))
             if len(begun) > AHEAD:
-                yield self._mean(begun.popleft(), weights, decoded, via)
+                yield from self._mean(begun.popleft(), weights, scratch, via)
         while begun:
-            yield self._mean(begun.popleft(), weights, decoded, via)
+            yield from self._mean(begun.popleft(), weights, scratch, via)
 
     def _show(
-        self, part: torch.Tensor, chunk: slice, codes: torch.Tensor, kept: torch.Tensor, via: Collectives
+        self, part: torch.Tensor, chunk: slice, codes: torch.Tensor, scratch: torch.Tensor, via: Collectives
     ) -> tuple[slice, torch.Tensor, Any]:
         """Begin to send a chunk and to receive the other's, in `codes`, and leave in `part` what was lost."""
-        columns = _whole_blocks(len(part))
-        rows = part.unsqueeze(0)
-        if len(part) < columns:
-            rows = part.new_zeros(1, columns)
-            rows[0, : len(part)] = part
-        size = self._format.row_bytes(columns)
+        size = self._format.row_bytes(_whole_blocks(len(part)))
         coded, both = codes[:size].view(1, size), codes[size : 3 * size].view(2, size)
-        self._format.encode(rows, coded)
-        self._format.decode(coded, kept[:, :columns])
-        part.sub_(kept[0, : len(part)])
+        for piece in pieces(len(part), part.device):
+            some = part[piece]
+            rows = scratch[:1, : _whole_blocks(len(some))]
+            if len(some) < rows.shape[1]:
+                rows.zero_()
+            rows[0, : len(some)] = some
+            self._format.encode(rows, coded, piece.start)
+            self._format.decode(coded, rows, piece.start)
+            some.sub_(rows[0, : len(some)])
         return chunk, both, via.begin_all_gather(both, coded)
 
     def _mean(
         self,
         begun: tuple[slice, torch.Tensor, Any],
         weights: Sequence[float],
-        decoded: torch.Tensor,
+        scratch: torch.Tensor,
         via: Collectives,
-    ) -> tuple[slice, torch.Tensor]:
+    ) -> Iterator[tuple[slice, torch.Tensor]]:
         chunk, both, work = begun
         via.wait(work)
-        rows = decoded[:, : _whole_blocks(chunk.stop - chunk.start)]
-        for rank in range(2):
-            self._format.decode(both[rank : rank + 1], rows[rank : rank + 1])
-        # products first, then their sum: the same bits whichever of the two is one's own
-        mean = rows[0].mul_(weights[0]).add_(rows[1].mul_(weights[1]))
-        return chunk, mean[: chunk.stop - chunk.start]
+        for piece in pieces(chunk.stop - chunk.start, scratch.device):
+            count = piece.stop - piece.start
+            rows = scratch[:, : _whole_blocks(count)]
+            self._format.decode(both, rows, piece.start)
+            # products first, then their sum: the same bits whichever of the two is one's own
+            mean = rows[0].mul_(weights[0]).add_(rows[1].mul_(weights[1]))
+            yield slice(chunk.start + piece.start, chunk.start + piece.stop), mean[:count]
 
 
 class CodedExchange(Exchange):
@@ -146,64 +148,66 @@ class CodedExchange(Exchange):
         self, values: torch.Tensor, weights: Sequence[float], via: Collectives
     ) -> Iterator[tuple[slice, torch.Tensor]]:
         """`values` becomes what was lost, where there is feedback; else it stays."""
-        work_type = torch.promote_types(values.dtype, torch.float32)
+        scratch = _scratch(values, self._ranks)
+        shares = torch.as_tensor(weights, dtype=scratch.dtype, device=values.device)
         if self.lossy and self._owed is None:
-            self._owed = values.new_zeros(self._owner_values(self._count), dtype=work_type)
+            self._owed = values.new_zeros(self._owner_values(self._count), dtype=scratch.dtype)
+
+        def coded_rows(count: int, chunk: slice) -> torch.Tensor:
+            size = self._format.row_bytes(self._owner_values(chunk.stop - chunk.start))
+            return values.new_empty(count, size, dtype=torch.uint8)
 
         def scatter(chunk: slice) -> tuple[slice, torch.Tensor, Any]:
-            rows = self._rows(values[chunk], work_type)
-            coded = self._encode(rows)
-            if self.lossy:
-                kept = torch.empty_like(rows)
-                self._format.decode(coded, kept)
-                values[chunk] = rows.sub_(kept).view(-1)[: chunk.stop - chunk.start]
-            received = torch.empty_like(coded)
+            part, columns = values[chunk], self._owner_values(chunk.stop - chunk.start)
+            rows = part
+            if len(part) < self._ranks * columns:  # a row for each rank that sums; the last chunk's end is zero
+                rows = part.new_zeros(self._ranks * columns)
+                rows[: len(part)] = part
+            rows, coded, received = rows.view(self._ranks, columns), *(coded_rows(self._ranks, chunk) for _ in range(2))
+            for piece in pieces(columns, values.device):
+                self._format.encode(rows[:, piece], coded, piece.start)
+                if self.lossy:
+                    kept = scratch[:, : piece.stop - piece.start]
+                    self._format.decode(coded, kept, piece.start)
+                    rows[:, piece].sub_(kept)
+            if self.lossy and len(part) < rows.numel():
+                part.copy_(rows.view(-1)[: len(part)])
             return chunk, received, via.begin_all_to_all(received, coded)
 
         def reduce(begun: tuple[slice, torch.Tensor, Any]) -> tuple[slice, torch.Tensor, Any]:
             chunk, received, work = begun
             via.wait(work)
-            shares = self._decode(received, work_type)
-            mean = torch.as_tensor(weights, dtype=work_type, device=values.device) @ shares
-            if self._owed is not None:
-                mine = slice(self._owner_values(chunk.start), self._owner_values(chunk.start) + len(mean))
-                mean += self._owed[mine]
-            coded = self._encode(mean.unsqueeze(0))
-            if self._owed is not None:
-                kept = torch.empty_like(mean)
-                self._format.decode(coded, kept.unsqueeze(0))
-                self._owed[mine] = mean.sub_(kept)
-            gathered = received.new_empty(received.shape)
-            return chunk, gathered, via.begin_all_gather(gathered, coded)
+            coded, before = coded_rows(1, chunk), self._owner_values(chunk.start)
+            for piece in pieces(self._owner_values(chunk.stop - chunk.start), values.device):
+                rows = scratch[:, : piece.stop - piece.start]
+                self._format.decode(received, rows, piece.start)
+                mean = shares @ rows
+                if self._owed is not None:
+                    mean += self._owed[before + piece.start : before + piece.stop]
+                self._format.encode(mean.unsqueeze(0), coded, piece.start)
+                if self._owed is not None:
+                    self._format.decode(coded, rows[:1], piece.start)
+                    self._owed[before + piece.start : before + piece.stop] = mean.sub_(rows[0])
+            return chunk, received, via.begin_all_gather(received, coded)
 
-        def finish(begun: tuple[slice, torch.Tensor, Any]) -> tuple[slice, torch.Tensor]:
+        def finish(begun: tuple[slice, torch.Tensor, Any]) -> Iterator[tuple[slice, torch.Tensor]]:
             chunk, gathered, work = begun
             via.wait(work)
-            return chunk, self._decode(gathered, work_type).view(-1)[: chunk.stop - chunk.start]
+            columns = self._owner_values(chunk.stop - chunk.start)
+            for row in range(self._ranks):
+                whole = slice(chunk.start + row * columns, min(chunk.start + (row + 1) * columns, chunk.stop))
+                for piece in pieces(whole.stop - whole.start, values.device):
+                    count = piece.stop - piece.start
+                    mean = scratch[:1, : _whole_blocks(count)]
+                    self._format.decode(gathered[row : row + 1], mean, piece.start)
+                    yield slice(whole.start + piece.start, whole.start + piece.stop), mean[0, :count]
 
-        return pipeline(_chunks(len(values), self._chunk), scatter, reduce, finish)
-
-    def _rows(self, part: torch.Tensor, work_type: torch.dtype) -> torch.Tensor:
-        """A row for each rank that sums; the last chunk's end is zero."""
-        columns = -(-len(part) // (self._ranks * BLOCK)) * BLOCK
-        rows = part.new_zeros(self._ranks * columns, dtype=work_type)
-        rows[: len(part)] = part
-        return rows.view(self._ranks, columns)
+        for chunk in pipeline(_chunks(len(values), self._chunk), scatter, reduce, finish):
+            yield from chunk
 
     def _owner_values(self, count: int) -> int:
         """Values that one rank sums of `count`."""
         return -(-count // (self._ranks * BLOCK)) * BLOCK
-
-    def _encode(self, rows: torch.Tensor) -> torch.Tensor:
-        coded = torch.empty(len(rows), self._format.row_bytes(rows.shape[1]), dtype=torch.uint8, device=rows.device)
-        self._format.encode(rows, coded)
-        return coded
-
-    def _decode(self, coded: torch.Tensor, work_type: torch.dtype) -> torch.Tensor:
-        columns = BLOCK * (coded.shape[1] // self._format.row_bytes(BLOCK))
-        values = torch.empty(len(coded), columns, dtype=work_type, device=coded.device)
-        self._format.decode(coded, values)
-        return values
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """What this rank's means lost."""
@@ -303,6 +307,12 @@ def pipeline(
         reduced.append(second(begun.popleft()))
     while reduced:
         yield third(reduced.popleft())
+
+
+def _scratch(values: torch.Tensor, rows: int) -> torch.Tensor:
+    """Room for a piece of so many rows."""
+    count = _whole_blocks(min(len(values), piece_values(values.device)))
+    return values.new_empty(rows, count, dtype=torch.promote_types(values.dtype, torch.float32))
 
 
 def _whole_blocks(count: int) -> int:

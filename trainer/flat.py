@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 
 import torch
@@ -68,6 +68,19 @@ class FlatTensors:
 
     def _tensors(self) -> list[torch.Tensor]:
         return [tensor for tensor in self._read() if tensor.numel()]
+
+
+def piece_values(device: torch.device) -> int:
+    """So many values at a time: enough to be worth an operation's start, few enough that what is needed besides is a
+    megabyte or so, however large the model is. Larger scratch is given back and faulted in again by many an allocator,
+    which took longer than the operations."""
+    return 2**22 if device.type == "cuda" else 2**18
+
+
+def pieces(count: int, device: torch.device) -> Iterator[slice]:
+    """The places of such pieces of `count` values, in turn."""
+    size = piece_values(device)
+    return (slice(start, min(start + size, count)) for start in range(0, count, size))
 
 
 def _describe(tensor: torch.Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:

@@ -10,10 +10,9 @@ import torch
 from trainer.collectives import Collectives
 from trainer.config import SyncConfig
 from trainer.exchange import Exchange, NodesExchange, make_exchange, share_of
+from trainer.flat import pieces
 from trainer.outer import Outer
 from trainer.world import World
-
-PIECE = 2**16
 
 
 class Part:
@@ -26,14 +25,14 @@ class Part:
     def __init__(self, values: torch.Tensor, settings: SyncConfig, world: World) -> None:
         self.values = values
         self._world = world
-        self._chunk = settings.bucket_bytes // 4
         self._mixing = settings.mixing
         self._base: torch.Tensor | None = None
         self._outer: Outer | None = None
         self.use(settings)
         if settings.outer != "none":
             self._outer = Outer(settings.outer, _present(self._base), settings.outer_lr, settings.outer_momentum)
-        self._mean_sq_norm = 0.0
+        self.agreed_sq_norm = 0.0
+        """Squared norm of the latest average."""
         self._outgoing: torch.Tensor | None = None
         """What is sent; then the mean, or what the wire format lost."""
         self._owed_within: torch.Tensor | None = None
@@ -106,14 +105,13 @@ class Part:
         if self._outgoing is None:
             self._outgoing = torch.zeros_like(self._base)
         norm = torch.zeros((), dtype=torch.float64, device=self.values.device)
-        for start in range(0, len(self.values), self._chunk):
-            chunk = slice(start, start + self._chunk)
+        for piece in pieces(len(self.values), self.values.device):
             if delayed:
-                back = self._base[chunk] + _present(self._correction)[chunk]
+                back = self._base[piece] + _present(self._correction)[piece]
             else:
-                back = self._base[chunk] - self.values[chunk]
+                back = self._base[piece] - self.values[piece]
             norm += torch.dot(back, back)  # of displacements, so that few digits cancel
-            self._outgoing[chunk] -= back
+            self._outgoing[piece] -= back
         return norm.item()
 
     def exchange(
@@ -123,28 +121,34 @@ class Part:
         outgoing, outer = _present(self._outgoing), None if plainly else self._outer
         displacement = torch.empty_like(outgoing) if outer is not None else None
         norm = torch.zeros((), dtype=torch.float64, device=self.values.device)
-        for chunk, mean in self._exchange.means(outgoing, weights, via):
+        agreed_norm = torch.zeros_like(norm) if self._base is not None else norm
+
+        def agree(place: slice) -> None:
+            """What follows from the average there."""
+            agreed = self._agreed[place]
+            if self._base is not None:
+                agreed_norm.add_(torch.dot(agreed, agreed))
+            if delayed:
+                _present(self._correction)[place] += agreed
+
+        for place, mean in self._exchange.means(outgoing, weights, via):
             norm += _squared(mean) if self._base is None else torch.dot(mean, mean)
             if displacement is not None:
-                displacement[chunk] = mean
-            elif self._base is not None:
-                self._base[chunk] += mean
+                displacement[place] = mean
+                continue
+            if self._base is not None:
+                self._base[place] += mean
             else:
-                outgoing[chunk] = mean
+                outgoing[place] = mean
+            agree(place)
         if outer is not None and displacement is not None:
             outer.step(displacement, local_lr)
+            for place in pieces(len(self.values), self.values.device):
+                agree(place)
         if self._base is not None and not self._exchange.lossy:
             self._outgoing = None
-        if delayed:
-            _present(self._correction).add_(self._agreed)
-        self._mean_sq_norm = norm.item()
-        return self._mean_sq_norm
-
-    def agreed_sq_norm(self) -> float:
-        """Squared norm of the latest average."""
-        if self._base is None:
-            return self._mean_sq_norm
-        return torch.dot(self._base, self._base).item()
+        self.agreed_sq_norm = agreed_norm.item()
+        return norm.item()
 
     @property
     def _agreed(self) -> torch.Tensor:
@@ -191,8 +195,8 @@ class Part:
 def _squared(values: torch.Tensor) -> torch.Tensor:
     """Squared norm, 0-dim float64; piece by piece, since the values are copied to float64 for it."""
     total = torch.zeros((), dtype=torch.float64, device=values.device)
-    for start in range(0, len(values), PIECE):
-        norm: torch.Tensor = torch.linalg.vector_norm(values[start : start + PIECE], dtype=torch.float64)
+    for piece in pieces(len(values), values.device):
+        norm: torch.Tensor = torch.linalg.vector_norm(values[piece], dtype=torch.float64)
         total += norm.square()
     return total
 

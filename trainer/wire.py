@@ -9,20 +9,22 @@ import torch
 
 BLOCK = 128
 """Values that share one scale; every row that is encoded holds a multiple of it."""
-PIECE_BLOCKS = 2**11
-"""Blocks encoded at a time, so that what encoding needs besides is a megabyte or so, however long a row is."""
 
 
 class Format(Protocol):
-    """Rows of values, (rows, count) of a floating type, as rows of bytes, (rows, row_bytes(count)) uint8, and back."""
+    """Rows of values, (rows, count) of a floating type, as rows of bytes, (rows, row_bytes(count)) uint8, and back.
+
+    Encoding and decoding may take a row piece by piece: `values` are then (rows, some), and `first`, a multiple of
+    BLOCK, says how many values of the row come before them.
+    """
 
     def row_bytes(self, count: int) -> int:
         """Bytes of a row of `count` values, a multiple of BLOCK."""
 
-    def encode(self, values: torch.Tensor, coded: torch.Tensor) -> None:
+    def encode(self, values: torch.Tensor, coded: torch.Tensor, first: int = 0) -> None:
         """Write `values` into `coded`."""
 
-    def decode(self, coded: torch.Tensor, values: torch.Tensor) -> None:
+    def decode(self, coded: torch.Tensor, values: torch.Tensor, first: int = 0) -> None:
         """Write what `coded` says into `values`."""
 
 
@@ -36,13 +38,13 @@ class Cast:
         """`dtype`'s own bytes."""
         return count * self.dtype.itemsize
 
-    def encode(self, values: torch.Tensor, coded: torch.Tensor) -> None:
+    def encode(self, values: torch.Tensor, coded: torch.Tensor, first: int = 0) -> None:
         """Round to nearest."""
-        coded.view(self.dtype).copy_(values)
+        coded.view(self.dtype)[:, first : first + values.shape[1]].copy_(values)
 
-    def decode(self, coded: torch.Tensor, values: torch.Tensor) -> None:
+    def decode(self, coded: torch.Tensor, values: torch.Tensor, first: int = 0) -> None:
         """Exact."""
-        values.copy_(coded.view(self.dtype))
+        values.copy_(coded.view(self.dtype)[:, first : first + values.shape[1]])
 
 
 @dataclass(frozen=True)
@@ -64,27 +66,24 @@ class Blocks:
         """The numbers, then the scales."""
         return self._code_bytes(count) + count // BLOCK * 4
 
-    def encode(self, values: torch.Tensor, coded: torch.Tensor) -> None:
+    def encode(self, values: torch.Tensor, coded: torch.Tensor, first: int = 0) -> None:
         """Round to nearest."""
-        codes, kept = self._views(coded)
-        rows = values.reshape(len(values), -1, BLOCK)
-        pieces = (torch.split(each, PIECE_BLOCKS, dim=1) for each in (rows, codes, kept))
-        for piece, code, scale in zip(*pieces, strict=True):
-            blocks = piece.float()
-            scales = blocks.abs().amax(dim=2).div_(self.levels)
-            inverse = torch.where(scales > 0, scales.reciprocal(), 0.0)
-            numbers = (blocks * inverse.unsqueeze(2)).round_()
-            scale.copy_(scales)
-            if self.bits == 8:
-                code.view(torch.int8).copy_(numbers)
-            else:
-                low, high = numbers.tensor_split(2, dim=2)
-                code.copy_(high.add_(8).mul_(16).add_(low.add_(8)))
+        blocks = values.reshape(len(values), -1, BLOCK).float()
+        codes, kept = self._views(coded, first, blocks.shape[1])
+        scales = blocks.abs().amax(dim=2).div_(self.levels)
+        inverse = torch.where(scales > 0, scales.reciprocal(), 0.0)
+        numbers = (blocks * inverse.unsqueeze(2)).round_()
+        kept.copy_(scales)
+        if self.bits == 8:
+            codes.view(torch.int8).copy_(numbers)
+        else:
+            low, high = numbers.tensor_split(2, dim=2)
+            codes.copy_(high.add_(8).mul_(16).add_(low.add_(8)))
 
-    def decode(self, coded: torch.Tensor, values: torch.Tensor) -> None:
+    def decode(self, coded: torch.Tensor, values: torch.Tensor, first: int = 0) -> None:
         """Number times scale."""
-        codes, scales = self._views(coded)
         blocks = values.view(len(values), -1, BLOCK)
+        codes, scales = self._views(coded, first, blocks.shape[1])
         if self.bits == 8:
             blocks.copy_(codes.view(torch.int8))
         else:
@@ -96,12 +95,12 @@ class Blocks:
     def _code_bytes(self, count: int) -> int:
         return count * self.bits // 8
 
-    def _views(self, coded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Codes (rows, blocks, bytes of a block) and scales (rows, blocks)."""
-        blocks = coded.shape[1] // (BLOCK * self.bits // 8 + 4)
-        codes, scales = coded.tensor_split([self._code_bytes(blocks * BLOCK)], dim=1)
-        width = BLOCK * self.bits // 8
-        return codes.as_strided((len(coded), blocks, width), (coded.stride(0), width, 1)), scales.view(torch.float32)
+    def _views(self, coded: torch.Tensor, first: int, blocks: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes (rows, blocks, bytes of a block) and scales (rows, blocks) of the blocks that follow `first` values."""
+        width, start = BLOCK * self.bits // 8, first // BLOCK
+        codes, scales = coded.tensor_split([coded.shape[1] // (width + 4) * width], dim=1)
+        codes = codes[:, start * width : (start + blocks) * width].view(len(coded), blocks, width)
+        return codes, scales.view(torch.float32)[:, start : start + blocks]
 
 
 FORMATS: dict[str, Format] = {"bf16": Cast(torch.bfloat16), "int8": Blocks(8), "int4": Blocks(4)}
