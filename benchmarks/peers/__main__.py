@@ -82,13 +82,15 @@ def _version(package: str) -> str:
 
 
 def rows(found: list[dict[str, Any]]) -> list[list[str]]:
-    """A row a method: mean and spread over its seeds, and its time over compute alone's."""
+    """A row a method: mean and spread over its seeds, and its time over compute alone's of the same days, since the
+    machine is not every day as fast."""
     by_method: dict[str, list[dict[str, Any]]] = {}
     for run in found:
         by_method.setdefault(run["method"], []).append(run)
-    base = [run["elapsed_s"] / run["local_steps"] for run in by_method.get("alone", [])]
     lines = []
     for name, runs in sorted(by_method.items(), key=lambda item: step_s(item[1])):
+        days = {run["provenance"]["when"] for run in runs}
+        base = [run for run in by_method.get("alone", []) if run["provenance"]["when"] in days]
         whole = [run for run in runs if run["samples"] == SAMPLES]
         accuracy = [run["test_accuracy"] for run in whole if run["one_model"]]
         spread = f" ± {statistics.stdev(accuracy):.4f}" if len(accuracy) > 1 else ""
@@ -99,7 +101,7 @@ def rows(found: list[dict[str, Any]]) -> list[list[str]]:
                 f"{statistics.median(seconds):.1f}" if seconds else f"not run whole: {runs[0]['local_steps']} steps",
                 f"{min(seconds):.1f} to {max(seconds):.1f}" if seconds else "",
                 f"{1000 * step_s(runs):.1f}",
-                f"{step_s(runs) / statistics.median(base):.2f}" if base else "",
+                f"{step_s(runs) / step_s(base):.2f}" if base else "",
                 f"{statistics.mean(accuracy):.4f}{spread}" if accuracy else "",
                 f"{1000 * statistics.median(run['sent_bytes'] / run['local_steps'] for run in runs) / 1e6:.0f}",
                 str(len(runs)),
