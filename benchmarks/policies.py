@@ -20,6 +20,7 @@ import json
 import math
 import statistics
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -63,19 +64,25 @@ def flags_of(method: str) -> list[str]:
 
 
 def measure(shaped: Hosts, method: str, seed: int, rate: float, samples: int, out: Path) -> None:
-    """One run; its summary, evaluations and phases are kept."""
+    """One run; its summary, evaluations and phases are kept, or that it diverged."""
+    kept: dict[str, Any] = {"method": method, "seed": seed, "lr": rate, "samples": samples}
     with tempfile.TemporaryDirectory() as root:
         flags = ["--run.seed", str(seed), "--run.samples", str(samples), "--run.root", root, "--run.name", "run"]
         flags += ["--optim.lr", str(rate), "--eval.every-samples", str(samples // 12), "--world.backend", "gloo"]
         flags += ["--record.reference-s", "0", "--record.no-tensorboard", "--record.no-progress"]
-        shaped.run("trainer", *flags_of(method), *flags, timeout_s=3_600)
-        run = load_run(Path(root) / "run")
-    reached = time_to_accuracy(run.evals, GOAL)
-    kept: dict[str, Any] = {"method": method, "seed": seed, "lr": rate, "samples": samples}
-    kept["seconds_to_goal"] = None if reached is None else reached.seconds
-    kept["evals"] = [[each.elapsed_s, each.samples, each.accuracy] for each in run.evals]
-    kept["phases"] = [[each.begin_samples, each.name, dict(each.plan)] for each in run.phases]
-    kept["summary"] = dict(run.figures)
+        try:
+            shaped.run("trainer", *flags_of(method), *flags, timeout_s=3_600)
+        except RuntimeError as error:
+            if "no finite loss" not in str(error):
+                raise
+            kept["diverged"] = True
+        else:
+            run = load_run(Path(root) / "run")
+            reached = time_to_accuracy(run.evals, GOAL)
+            kept["seconds_to_goal"] = None if reached is None else reached.seconds
+            kept["evals"] = [[each.elapsed_s, each.samples, each.accuracy] for each in run.evals]
+            kept["phases"] = [[each.begin_samples, each.name, dict(each.plan)] for each in run.phases]
+            kept["summary"] = dict(run.figures)
     out.write_text(json.dumps(kept | {"provenance": provenance()}, indent=1) + "\n")
 
 
@@ -85,10 +92,12 @@ def soonest(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def rows(found: list[dict[str, Any]]) -> list[list[str]]:
-    """A row a method, soonest first."""
+    """A row a method, soonest first; runs that diverged are only counted."""
+    lost = Counter(run["method"] for run in found if run.get("diverged"))
     by_method: dict[str, list[dict[str, Any]]] = {}
     for run in found:
-        by_method.setdefault(run["method"], []).append(run)
+        if not run.get("diverged"):
+            by_method.setdefault(run["method"], []).append(run)
     lines = []
     for method, runs in by_method.items():
         seconds = [run["seconds_to_goal"] or math.inf for run in runs]
@@ -108,18 +117,20 @@ def rows(found: list[dict[str, Any]]) -> list[list[str]]:
                     f"{mean['samples_per_s']:,.0f}",
                     f"{mean['wire_bytes'] / 1e6:.0f}",
                     f"{runs[0]['lr']:g}",
-                    str(len(runs)),
+                    f"{len(runs)}, {lost[method]} more diverged" if method in lost else str(len(runs)),
                 ],
             )
         )
-    return [line for _, line in sorted(lines, key=lambda each: each[0])]
+    never_ended = [[f"`{method}`", "diverged", *[""] * 5, str(count)] for method, count in lost.items()]
+    ended = [line for _, line in sorted(lines, key=lambda each: each[0])]
+    return ended + [line for line in never_ended if line[0].strip("`") not in by_method]
 
 
 def plot(found: list[dict[str, Any]], path: Path) -> None:
     """Accuracy by training seconds: a line a method, its first seed; the grid in grey but for its soonest."""
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
-    first = {run["method"]: run for run in reversed(found)}
+    first = {run["method"]: run for run in reversed(found) if not run.get("diverged")}
     grid = [run for run in first.values() if run["method"] in GRID]
     best = soonest(grid)["method"] if grid else ""
     for method, run in first.items():
@@ -137,9 +148,10 @@ def plot(found: list[dict[str, Any]], path: Path) -> None:
 
 
 def rate_of(folder: Path, method: str) -> float:
-    """The rate that tuning chose, where it was tuned."""
+    """The rate that tuning chose, where it was tuned and a trial of it did not diverge."""
     trials = [json.loads(path.read_text()) for path in folder.glob(f"tune-{method}-*.json")]
-    return float(soonest(trials)["lr"]) if trials else RATE
+    good = [trial for trial in trials if not trial.get("diverged")]
+    return float(soonest(good)["lr"]) if good else RATE
 
 
 def main() -> None:
@@ -170,7 +182,8 @@ def main() -> None:
             with hosts(args.hosts, args.rate) as shaped:
                 measure(shaped, method, seed, rate, samples, out)
             told = json.loads(out.read_text())
-            print(method, seed, rate, told["seconds_to_goal"], told["summary"]["test_accuracy"], flush=True)
+            ended = "diverged" if told.get("diverged") else told["summary"]["test_accuracy"]
+            print(method, seed, rate, told.get("seconds_to_goal"), ended, flush=True)
     found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json")) if "tune-" not in path.name]
     head = [
         "method",

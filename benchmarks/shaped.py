@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,10 +26,10 @@ class Hosts:
         """`python -m module arguments` as one rank a host; an error of any rank ends all.
 
         Raises:
-            RuntimeError: a rank failed, or did not end in time.
+            RuntimeError: a rank failed, with the end of what it said, or did not end in time.
         """
         cores = os.cpu_count() or 1
-        ranks = []
+        ranks, said = [], []
         for rank in range(self.count):
             place = {
                 "RANK": str(rank),
@@ -43,7 +44,8 @@ class Hosts:
             }
             on_core = ["taskset", "-c", str(rank % cores)]
             command = [str(SCRIPT), "exec", str(rank + 1), *on_core, sys.executable, "-m", module, *arguments]
-            ranks.append(subprocess.Popen(command, env=self.env | place))
+            said.append(tempfile.TemporaryFile("w+"))  # noqa: SIM115  # closed when this method ends
+            ranks.append(subprocess.Popen(command, env=self.env | place, stderr=said[rank]))
         try:
             codes = [rank.wait(timeout_s) for rank in ranks]
         except subprocess.TimeoutExpired:
@@ -53,7 +55,10 @@ class Hosts:
                 process.kill()
                 process.wait()
         if any(codes):
-            raise RuntimeError(f"{module} {' '.join(arguments)}: exit codes {codes}")
+            for file in said:
+                file.seek(0)
+            ends = "".join(file.read()[-2_000:] for file in said)
+            raise RuntimeError(f"{module} {' '.join(arguments)}: exit codes {codes}\n{ends}")
 
 
 # By default glibc gives large tensors back to the kernel and faults them in again, in some processes at every step and
