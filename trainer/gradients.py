@@ -8,10 +8,14 @@ from typing import Any
 
 import torch
 
+from trainer.flat import pieces
+
 SKETCH = 256
 """Values of a sketch: a product of two gradients is then off by 1/16 of the product of their norms (standard
 deviation), which is about what the gradients' own noise does to it."""
 SKETCH_NAMES = tuple(f"sketch{number}" for number in range(SKETCH))
+TURNS = 256
+"""Places at which the row of signs may begin."""
 CHANGE_WINDOW = 25
 """Noted steps over which the change of the gradient's norm is smoothed."""
 KEPT = ("_own", "_mean", "_count", "_steps", "_rest", "_sketch", "_norm", "_change", "_weight")
@@ -22,7 +26,9 @@ class GradientNotes:
     at a round's first step) or the squared norm of the ranks' mean gradient (at period 1, as DDP averages its buckets).
 
     A sketch adds up the gradient's values, with signs drawn at random, in `SKETCH` bins (count sketch, Charikar et al.
-    2002): the product of two ranks' sketches is that of their gradients, in the mean over the signs.
+    2002): the product of two ranks' sketches is that of their gradients, in the mean over the signs. Values that lie
+    `SKETCH` apart share a bin, and those of one row of `SKETCH` values a sign, so that a sketch is a product of signs
+    and rows.
 
     Args:
         device: of the gradients.
@@ -30,10 +36,7 @@ class GradientNotes:
     """
 
     def __init__(self, device: torch.device, rest_steps: int = 1) -> None:
-        # as much as a core's cache holds, or as is worth a kernel
-        self._piece = 2**22 if device.type == "cuda" else 2**16
-        signs = torch.randint(0, 2, (self._piece + SKETCH,), generator=torch.Generator().manual_seed(0))
-        self._signs = signs.mul_(2).sub_(1).to(device, torch.float32)
+        self._signs = torch.empty(0, device=device)
         self._buckets: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._norm = self._change = self._weight = 0.0
         self._rest_steps, self._rest = rest_steps, 0
@@ -69,19 +72,24 @@ class GradientNotes:
             return
         self._count += 1
         self._own += sq_norm
-        sketch = torch.zeros(SKETCH, device=self._signs.device)
-        for index, gradient in enumerate(gradients):
-            if gradient is None or gradient.is_sparse:
-                continue
-            flat, turn = gradient.reshape(-1), 31 * number + 17 * index
-            for start in range(0, flat.numel(), self._piece):
-                turn = (turn + 101) % SKETCH
-                piece = flat[start : start + self._piece]
-                signed = piece * self._signs[turn : turn + len(piece)]
-                whole = len(signed) // SKETCH * SKETCH
-                sketch += signed[:whole].view(-1, SKETCH).sum(0)
-                sketch[: len(signed) - whole] += signed[whole:]
+        found = [gradient.reshape(-1) for gradient in gradients if gradient is not None and not gradient.is_sparse]
+        signs = self._signs_of(sum(len(flat) // SKETCH + 1 for flat in found))[31 * number % TURNS :]
+        sketch = torch.zeros(SKETCH, device=signs.device)
+        for flat in found:
+            for place in pieces(len(flat), flat.device):
+                piece = flat[place].float()
+                rows, rest = len(piece) // SKETCH, len(piece) % SKETCH
+                sketch += signs[:rows] @ piece[: rows * SKETCH].view(rows, SKETCH)
+                sketch[:rest] += signs[rows] * piece[rows * SKETCH :]
+                signs = signs[rows + (rest > 0) :]
         self._sketch = sketch.tolist()
+
+    def _signs_of(self, rows: int) -> torch.Tensor:
+        """A sign for each of so many rows, and `TURNS` more."""
+        if len(self._signs) < rows + TURNS:
+            signs = torch.randint(0, 2, (rows + TURNS,), generator=torch.Generator().manual_seed(0))
+            self._signs = signs.mul_(2).sub_(1).to(self._signs)
+        return self._signs
 
     @torch.no_grad()
     def follow(self, gradients: Sequence[torch.Tensor | None]) -> float:
