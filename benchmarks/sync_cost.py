@@ -40,7 +40,7 @@ def worker(out: Path, repeats: int, sizes: list[int], bucket_bytes: int) -> None
         weights = [1 / world.size] * world.size
         for count in sizes:
             values = torch.randn(count)
-            exchanges = {name: make_exchange(name, values.dtype, count, world.size, bucket_bytes) for name in FORMATS}
+            exchanges = {name: make_exchange(name, values, count, world.size, bucket_bytes) for name in FORMATS}
             for repeat in range(repeats + 1):  # the first warms up
                 for name, exchange in exchanges.items():
                     via.gather({"ready": 1})

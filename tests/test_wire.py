@@ -59,7 +59,7 @@ def test_zeros_stay_and_what_is_not_finite_shows(name: str) -> None:
 def exchanged(world: World, name: str, count: int, times: int, bucket_bytes: int) -> list[torch.Tensor | float]:
     """What `times` exchanges gave in sum, this rank's residual and owed rest, and the bytes of one."""
     collectives = Collectives(world, Clock(world.device), 2**20)
-    exchange = make_exchange(name, torch.float32, count, world.size, bucket_bytes)
+    exchange = make_exchange(name, torch.empty(0), count, world.size, bucket_bytes)
     weights = [2 * (rank + 1) / (world.size * (world.size + 1)) for rank in range(world.size)]
     total, residual = torch.zeros(count), torch.zeros(count)
     draw = torch.Generator().manual_seed(world.rank)

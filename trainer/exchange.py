@@ -19,7 +19,7 @@ B = TypeVar("B")
 C = TypeVar("C")
 D = TypeVar("D")
 CHUNKS, LEAST_CHUNK_VALUES = 16, 2**17
-AHEAD = 2  # chunks under way while one is decoded
+AHEAD = 1  # chunks under way while one is decoded
 HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -269,17 +269,19 @@ def share_of(count: int, world: World) -> int:
 
 
 def make_exchange(
-    wire_format: str, dtype: torch.dtype, count: int, ranks: int, bucket_bytes: int, *, hidden: bool = False
+    wire_format: str, values: torch.Tensor, count: int, ranks: int, bucket_bytes: int, *, hidden: bool = False
 ) -> Exchange:
-    """The exchange of `count` values of `dtype`; where it is `hidden` it takes little compute rather than little time.
+    """The exchange of `count` values of the type and on the device of `values`; where it is `hidden` beside training
+    it takes little compute and memory rather than little time.
 
     float32 sends values in their own type; halves are summed in float32 all the same, since a backend's own sum would
     round at every hop.
     """
-    chunk_values = max(1, bucket_bytes // 4)
-    if wire_format != "float32" and not hidden:
+    dtype, chunk_values = values.dtype, max(1, bucket_bytes // 4)
+    if wire_format != "float32":
         # enough chunks that one's encoding hides another's transfer, each large enough to be worth a collective
-        chunk_values = min(chunk_values, max(count // CHUNKS, LEAST_CHUNK_VALUES))
+        least = max(count // CHUNKS, LEAST_CHUNK_VALUES)
+        chunk_values = min(chunk_values, piece_values(values.device) if hidden else least)
     if ranks == 1:
         return WholeExchange(chunk_values)
     if wire_format != "float32" and ranks == 2:

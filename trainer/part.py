@@ -53,14 +53,14 @@ class Part:
     def _exchanges(self, settings: SyncConfig) -> tuple[Exchange, Exchange | None]:
         """Between all ranks or nodes, and inside a node where that is another level."""
         world = self._world
-        count, dtype, chunk_bytes = len(self.values), self.values.dtype, settings.bucket_bytes
+        values, count, chunk_bytes = self.values, len(self.values), settings.bucket_bytes
         hidden = settings.delay_steps != 0
         if settings.node_period_steps is None or world.size == 1:
-            return make_exchange(settings.wire_format, dtype, count, world.size, chunk_bytes, hidden=hidden), None
+            return make_exchange(settings.wire_format, values, count, world.size, chunk_bytes, hidden=hidden), None
         nodes = world.size // world.local_size
         share = share_of(count, world)
-        between = make_exchange(settings.wire_format, dtype, share, nodes, chunk_bytes, hidden=hidden)
-        within = make_exchange(settings.node_wire_format, dtype, count, world.local_size, chunk_bytes)
+        between = make_exchange(settings.wire_format, values, share, nodes, chunk_bytes, hidden=hidden)
+        within = make_exchange(settings.node_wire_format, values, count, world.local_size, chunk_bytes)
         return NodesExchange(between, count, world), within
 
     def average_within(self, weights: Sequence[float], via: Collectives) -> None:
