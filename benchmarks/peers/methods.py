@@ -163,6 +163,12 @@ METHODS: dict[str, Any] = {
     "ebbtide_int4_period_32_halves": ours(
         wire_format="int4", delay_steps="auto", max_delay_steps=32, period=32, fragments=2
     ),
+    "ebbtide_int4_period_32_quarters": ours(
+        wire_format="int4", delay_steps="auto", max_delay_steps=32, period=32, fragments=4
+    ),
+    "ebbtide_int4_period_32_eighths": ours(
+        wire_format="int4", delay_steps="auto", max_delay_steps=32, period=32, fragments=8
+    ),
     "ebbtide_int4_period_64": ours(wire_format="int4", delay_steps="auto", max_delay_steps=32, period=64),
     "ebbtide_int4_period_64_halves": ours(
         wire_format="int4", delay_steps="auto", max_delay_steps=32, period=64, fragments=2
