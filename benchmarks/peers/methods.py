@@ -152,6 +152,7 @@ METHODS: dict[str, Any] = {
     "torchft_diloco": torchft_diloco,
     "ebbtide": ours(wire_format="int8", delay_steps="auto", fragments=2),
     "ebbtide_int4": ours(wire_format="int4", delay_steps="auto", fragments=2),
+    "ebbtide_int4_quarters": ours(wire_format="int4", delay_steps="auto", fragments=4),
     "ebbtide_whole": ours(wire_format="int8", delay_steps="auto"),
     "ebbtide_whole_int4": ours(wire_format="int4", delay_steps="auto"),
     "ebbtide_whole_bf16": ours(wire_format="bf16", delay_steps="auto"),
