@@ -79,8 +79,9 @@ up() { # N [RATE]
 }
 
 outlive_nobody() { # OWNER
+  # while the owner lives nothing is taken down here: it may have put up new hosts of the same names since
   # shellcheck disable=SC2016
-  setsid bash -c 'while kill -0 "$1" 2>/dev/null && [ -e "/run/netns/$2" ]; do sleep 1; done; exec "$0" down' \
+  setsid bash -c 'while kill -0 "$1" 2>/dev/null; do [ -e "/run/netns/$2" ] || exit 0; sleep 1; done; exec "$0" down' \
     "$0" "$1" "$SWITCH" </dev/null >/dev/null 2>&1 &
 }
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from trainer.errors import require, require_at_least
 from trainer.plan import Decision, Memory, Observation, Plan, WireFormat
 from trainer.policies.base import LrScaling, Policy, held, register
-from trainer.policies.goodput import Costs, Worth, worth
+from trainer.policies.goodput import Costs, Worth, drift_of, worth
 
 PERIODS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 FORMATS: tuple[WireFormat, ...] = ("float32", "int8", "int4")
@@ -110,15 +110,15 @@ class Autopilot(Policy):
         """The best candidate, if it is better enough than the current Plan; now and then, for it takes its time."""
         late = seen.progress >= self.late_from
         largest = self.batch_per_rank if late else self._largest(costs)
-        current = self._worth(seen.plan, costs, seen.ranks)
         entering = late and not seen.phase_name.startswith("late")
-        apart = current.drift > SLACK * self.max_divergence
+        apart = drift_of(seen.plan, costs) > SLACK * self.max_divergence
         forced = at_once or entering or apart or seen.plan.batch_per_rank > largest
-        why["current"] = current.told()
-        kept["expected"] = current.samples_per_s
         if not forced and kept["since"] < self.min_stay_steps:
             return Decision(seen.plan, seen.phase_name, why, kept)
         kept["since"] = 0
+        current = self._worth(seen.plan, costs, seen.ranks)
+        why["current"] = current.told()
+        kept["expected"] = current.samples_per_s
         found = [self._worth(plan, costs, seen.ranks) for plan in self._candidates(costs, largest)]
         usable = [each for each in found if math.isfinite(each.goodput)]
         if not usable:

@@ -164,8 +164,7 @@ def worth(plan: Plan, costs: Costs, ranks: int, base_batch: int, max_drift: floa
     """What a Plan is worth by these costs.
 
     Efficiency is (φ + B₀) / (φ + B) for the batch (Pollux, after McCandlish et al. 2018) times
-    1 / (1 + d / max_drift) for a mean drift d, times the format's worth. A delay of D makes replicas D steps' worth
-    apart when they take an average, and period + D steps' just before they do.
+    1 / (1 + d / max_drift) for a mean drift d, times the format's worth.
     """
     batch, period, wire = plan.batch_per_rank, plan.sync_period_steps, plan.wire_format or "float32"
     ranks = max(ranks, 1)
@@ -177,15 +176,24 @@ def worth(plan: Plan, costs: Costs, ranks: int, base_batch: int, max_drift: floa
         exposed = max(0.0, transfer_s - delay * step_s)
     beside_s = costs.beside_s if delay and period > 1 else 0.0
     round_s = period * step_s + beside_s + exposed
-    efficiency, drift = 1.0, 0.0
+    efficiency, drift = 1.0, drift_of(plan, costs)
     if batch > base_batch:
         noise = costs.noise_scale
         efficiency = (noise + ranks * base_batch) / (noise + ranks * batch)
-    if period > 1 and costs.drift > 0:
-        power = DRIFT_POWER + 1
-        drift = costs.drift * ((period + delay) ** power - delay**power) / (power * period)
-        efficiency /= 1 + drift / max_drift
+    efficiency /= 1 + drift / max_drift
     if period > 1:
         efficiency *= WORTH[wire]
     sent = BYTES_OF_FLOAT32["float32" if period == 1 else wire] / (period * batch * ranks)
     return Worth(plan, ranks * batch * period / round_s if round_s > 0 else math.inf, efficiency, sent, drift)
+
+
+def drift_of(plan: Plan, costs: Costs) -> float:
+    """Divergence over the model's squared norm that a Plan leads to, mean over a round's steps; 0 where none was seen.
+
+    A delay of D makes replicas D steps' worth apart when they take an average, and period + D steps' just before.
+    """
+    period, delay = plan.sync_period_steps, plan.delay_steps if isinstance(plan.delay_steps, int) else 0
+    if period == 1 or not costs.drift > 0:
+        return 0.0
+    power = DRIFT_POWER + 1
+    return costs.drift * float((period + delay) ** power - delay**power) / (power * period)
