@@ -119,6 +119,7 @@ class Autopilot(Policy):
         current = self._worth(seen.plan, costs, seen.ranks)
         why["current"] = current.told()
         kept["expected"] = current.samples_per_s
+        largest = min(largest, 2 * max(seen.plan.batch_per_rank, self.batch_per_rank))  # what is near was measured
         found = [self._worth(plan, costs, seen.ranks) for plan in self._candidates(costs, largest)]
         usable = [each for each in found if math.isfinite(each.goodput)]
         if not usable:
