@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import os
@@ -399,6 +400,55 @@ def test_gradients_in_fewer_bits_keep_replicas_one() -> None:
     assert first[1][0] == sent[0], "early steps are exact"
     assert first[1][-1] < sent[0] / 4
     torch.testing.assert_close(first[0], exact, rtol=0, atol=2e-2)
+
+
+class Given(nn.Module):
+    """Two layers whose gradients are what they are called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = (nn.Parameter(torch.zeros(rows, 32)) for rows in (64, 48))
+
+    def forward(self, gradient: Values) -> Values:
+        return (torch.cat([self.first, self.second]) * gradient).sum()
+
+
+def owing(world: World, resume_at: int | None) -> tuple[Values, Values, Values]:
+    """What powersgd applied in 30 steps, what this rank was given, and what it owes; with a new wrapper at step 15, or
+    resumed there."""
+    settings = SyncConfig(gradient_format="powersgd", observe_steps=100)
+    given, saved = torch.zeros(112, 32), None
+    for part in [range(15), range(15, 30)] if resume_at else [range(30)]:
+        model = Given()
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        with LocalSGD(model, optimizer, Constant(Plan(8, 1)), settings=settings, world=world) as sync:
+            if saved is not None:
+                model.load_state_dict(saved["model"])
+                sync.load_state_dict(saved["sync"])
+            for step in part:
+                if step == 15 and not resume_at:
+                    sync.rewrap()  # as a checkpoint does
+                gradient = torch.randn(112, 32, generator=torch.Generator().manual_seed(100 * world.rank + step))
+                given += gradient
+                optimizer.zero_grad()
+                loss = sync.model(gradient)
+                loss.backward()
+                optimizer.step()
+                sync.step(loss, samples=8)
+            saved = copy.deepcopy({"model": model.state_dict(), "sync": sync.state_dict()})
+            applied = -torch.cat([model.first, model.second]).detach()
+            owed = saved["sync"]["gradients"]["owed"]
+    return applied, given, torch.cat([owed[0], owed[1]]).view(112, 32)
+
+
+def test_what_powersgd_owes_outlives_its_wrapper_and_is_in_a_checkpoint() -> None:
+    ranks = run(2, owing, None)
+    applied = ranks[0][0]
+    given, owed = (torch.stack([rank[at] for rank in ranks]).mean(0) for at in (1, 2))
+    assert owed.abs().max() > 0.1
+    torch.testing.assert_close(applied + owed, given, rtol=0, atol=1e-4)  # nothing is lost
+    for resumed, rank in zip(run(2, owing, 15), ranks, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(resumed, rank, strict=True))
 
 
 @pytest.mark.parametrize("settings", [{"wire_format": "int4", "delay_steps": 3}, {"node_period_steps": 2}])

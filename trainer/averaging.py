@@ -31,9 +31,10 @@ class Arrived:
     headers: list[Header]
     """Every rank's, by rank."""
     divergence: float
-    """Mean squared distance of the replicas from their mean, weighted by samples; of the parts that were sent."""
+    """Mean squared distance of the replicas from their mean, weighted by samples; of the parts that were sent. NaN
+    where that is not asked: a round's end tells it."""
     sq_norm: float
-    """Squared norm of their mean; of the same parts."""
+    """Squared norm of their mean; of the same parts, at the same times."""
     transfer_s: float
     """From sending to having the average, on this rank, peers' lateness included."""
     sent_bytes: float
@@ -177,7 +178,7 @@ class Averager:
 
         Args:
             fragments: their numbers.
-            header: this rank's numbers for the others.
+            header: this rank's numbers for the others; at a round's end those that a policy is told by, too.
             local_step: now.
             delay_steps: local steps after which the average is to be taken.
             ends_round: buffers and optimizer state go along, as the settings say.
@@ -233,23 +234,25 @@ class Averager:
         via = self._beside if delayed else self._via
         before = via.sent_bytes
         with nullcontext() if delayed else self._clock.waiting("sync_wait"), torch.no_grad():
-            norm = sum(part.pack(delayed=delayed) for part in parts)
+            norm = sum(part.pack(delayed=delayed, measured=ends_round) for part in parts)
             headers = via.gather(header | {"norm": norm})
             compare(headers, AGREED)
             trained = sum(rank["samples"] for rank in headers)
             weights = [rank["samples"] / trained if trained else 1 / via.size for rank in headers]
             lr = sum(rank["lr"] for rank in headers) / via.size
-            mean = sum(part.exchange(weights, lr, via, delayed=delayed, plainly=plainly) for part in parts)
-            sq_norm = sum(part.agreed_sq_norm for part in parts) if ends_round else math.nan
-            one_layout = len({rank["layout"] for rank in headers}) == 1
+            mean = sum(
+                part.exchange(weights, lr, via, delayed=delayed, plainly=plainly, measured=ends_round) for part in parts
+            )
+            sq_norm = sum(part.agreed_sq_norm for part in parts)
+            one_layout = not ends_round or len({rank["layout"] for rank in headers}) == 1
             if delayed and not one_layout:
                 carried.leave_state()
             elif carried.with_state and not one_layout:
                 carried.state = [(tensor, tensor) for tensor in self._replica.shared_state()]
             via.mean_([copy for _, copy in carried.pairs], weights[via.rank])
-        divergence = sum(w * rank["norm"] for w, rank in zip(weights, headers, strict=True)) - mean
-        took = time.perf_counter() - began
-        return Arrived(headers, max(divergence, 0.0), sq_norm, took, via.sent_bytes - before)
+        divergence = max(0.0, sum(w * rank["norm"] for w, rank in zip(weights, headers, strict=True)) - mean)
+        took, sent = time.perf_counter() - began, via.sent_bytes - before
+        return Arrived(headers, *((divergence, sq_norm) if ends_round else (math.nan, math.nan)), took, sent)
 
     def _carry(self, delayed: bool) -> Carried:
         """Buffers and optimizer state as they are now, as far as the settings say that they are averaged."""

@@ -159,6 +159,15 @@ class Collectives:
         with self.world.collective("averaging"):
             return dist.all_gather(list(gathered.tensor_split(self.size)), mine, self.group, async_op=True)
 
+    def begin_swap(self, received: torch.Tensor, sent: torch.Tensor) -> Any:
+        """Start sending `sent` (bytes,) to the other of two ranks, and receiving the other's in `received`."""
+        assert self.size == 2
+        self._sent_bytes += sent.nbytes
+        sizes = [0, 0]
+        sizes[1 - self.rank] = len(sent)
+        with self.world.collective("averaging"):
+            return dist.all_to_all_single(received, sent, sizes, sizes, group=self.group, async_op=True)
+
     def wait(self, work: Any) -> None:
         """Wait for what one of the `begin_` calls above started."""
         if work is not None:

@@ -19,6 +19,7 @@ B = TypeVar("B")
 C = TypeVar("C")
 D = TypeVar("D")
 CHUNKS, LEAST_CHUNK_VALUES = 16, 2**17
+HIDDEN_PIECES = 4  # of a chunk whose transfer nobody waits for: each collective costs compute
 AHEAD = 1  # chunks under way while one is decoded
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -31,12 +32,13 @@ class Exchange(ABC):
 
     @abstractmethod
     def means(
-        self, values: torch.Tensor, weights: Sequence[float], via: Collectives
+        self, values: torch.Tensor, weights: Sequence[float], via: Collectives, fresh: torch.Tensor | None = None
     ) -> Iterator[tuple[slice, torch.Tensor]]:
         """Places and their means over the ranks, the same bits on every rank; together they are all of `values`.
 
-        `values` (1-d, the rank's own) is consumed: it becomes the mean, or what was lost, or stays. `weights` are all
-        ranks' shares (they sum to 1). The caller takes every place, and a mean before it asks for the next.
+        `values` (1-d, the rank's own) is consumed: it becomes the mean, or what was lost, or stays. `fresh`, of the
+        same length, is added to it first, and stays. `weights` are all ranks' shares (they sum to 1). The caller takes
+        every place, and a mean before it asks for the next.
         """
 
     def state_dict(self) -> dict[str, torch.Tensor]:
@@ -59,12 +61,13 @@ class WholeExchange(Exchange):
         self._chunk = chunk_values
 
     def means(
-        self, values: torch.Tensor, weights: Sequence[float], via: Collectives
+        self, values: torch.Tensor, weights: Sequence[float], via: Collectives, fresh: torch.Tensor | None = None
     ) -> Iterator[tuple[slice, torch.Tensor]]:
         """`values` becomes the mean."""
         sent = []
         for chunk in _chunks(len(values), self._chunk):
-            part = values[chunk].mul_(weights[via.rank])
+            part = values[chunk] if fresh is None else values[chunk].add_(fresh[chunk])
+            part.mul_(weights[via.rank])
             sent.append((chunk, part, via.begin_sum_(part)))
         for chunk, part, work in sent:
             via.wait(work)
@@ -80,53 +83,50 @@ class PairExchange(Exchange):
         self._format, self._chunk = format, max(1, chunk_values // BLOCK) * BLOCK
 
     def means(
-        self, values: torch.Tensor, weights: Sequence[float], via: Collectives
+        self, values: torch.Tensor, weights: Sequence[float], via: Collectives, fresh: torch.Tensor | None = None
     ) -> Iterator[tuple[slice, torch.Tensor]]:
         """`values` becomes what was lost."""
         # memory is taken once for all chunks: a training thread beside this one would break it up
         columns = _whole_blocks(min(self._chunk, len(values)))
-        scratch = _scratch(values, 2)
-        codes = values.new_empty(AHEAD + 1, 3 * self._format.row_bytes(columns), dtype=torch.uint8)
+        codes = values.new_empty(AHEAD + 1, 2 * self._format.row_bytes(columns), dtype=torch.uint8)
+        scratch = _scratch(values)
+        shares = torch.tensor(weights, dtype=scratch.dtype, device=values.device)
         begun: deque[tuple[slice, torch.Tensor, Any]] = deque()
         for number, chunk in enumerate(_chunks(len(values), self._chunk)):
-            begun.append(self._show(values[chunk], chunk, codes[number % len(codes)], scratch, via))
+            new = None if fresh is None else fresh[chunk]
+            begun.append(self._show(values[chunk], new, chunk, codes[number % len(codes)], via))
             if len(begun) > AHEAD:
-                yield from self._mean(begun.popleft(), weights, scratch, via)
+                yield from self._mean(begun.popleft(), shares, scratch, via)
         while begun:
-            yield from self._mean(begun.popleft(), weights, scratch, via)
+            yield from self._mean(begun.popleft(), shares, scratch, via)
 
     def _show(
-        self, part: torch.Tensor, chunk: slice, codes: torch.Tensor, scratch: torch.Tensor, via: Collectives
+        self, part: torch.Tensor, fresh: torch.Tensor | None, chunk: slice, codes: torch.Tensor, via: Collectives
     ) -> tuple[slice, torch.Tensor, Any]:
         """Begin to send a chunk and to receive the other's, in `codes`, and leave in `part` what was lost."""
         size = self._format.row_bytes(_whole_blocks(len(part)))
-        coded, both = codes[:size].view(1, size), codes[size : 3 * size].view(2, size)
+        both = codes[: 2 * size].view(2, size)
+        coded = both[via.rank : via.rank + 1]
         for piece in pieces(len(part), part.device):
-            some = part[piece]
-            rows = scratch[:1, : _whole_blocks(len(some))]
-            if len(some) < rows.shape[1]:
-                rows.zero_()
-            rows[0, : len(some)] = some
-            self._format.encode(rows, coded, piece.start)
-            self._format.decode(coded, rows, piece.start)
-            some.sub_(rows[0, : len(some)])
-        return chunk, both, via.begin_all_gather(both, coded)
+            some = part[piece] if fresh is None else part[piece].add_(fresh[piece])
+            whole, rest = some.tensor_split([len(some) // BLOCK * BLOCK])
+            if len(whole):
+                self._format.encode(whole.unsqueeze(0), coded, piece.start, leave_lost=True)
+            if len(rest):
+                last = rest.new_zeros(1, BLOCK)
+                last[0, : len(rest)] = rest
+                self._format.encode(last, coded, piece.start + len(whole), leave_lost=True)
+                rest.copy_(last[0, : len(rest)])
+        return chunk, both, via.begin_swap(both[1 - via.rank], both[via.rank])
 
     def _mean(
-        self,
-        begun: tuple[slice, torch.Tensor, Any],
-        weights: Sequence[float],
-        scratch: torch.Tensor,
-        via: Collectives,
+        self, begun: tuple[slice, torch.Tensor, Any], shares: torch.Tensor, scratch: torch.Tensor, via: Collectives
     ) -> Iterator[tuple[slice, torch.Tensor]]:
         chunk, both, work = begun
         via.wait(work)
         for piece in pieces(chunk.stop - chunk.start, scratch.device):
             count = piece.stop - piece.start
-            rows = scratch[:, : _whole_blocks(count)]
-            self._format.decode(both, rows, piece.start)
-            # products first, then their sum: the same bits whichever of the two is one's own
-            mean = rows[0].mul_(weights[0]).add_(rows[1].mul_(weights[1]))
+            mean = self._format.mean(both, shares, scratch[:, : _whole_blocks(count)], piece.start)
             yield slice(chunk.start + piece.start, chunk.start + piece.stop), mean[:count]
 
 
@@ -145,11 +145,11 @@ class CodedExchange(Exchange):
         self._owed: torch.Tensor | None = None
 
     def means(
-        self, values: torch.Tensor, weights: Sequence[float], via: Collectives
+        self, values: torch.Tensor, weights: Sequence[float], via: Collectives, fresh: torch.Tensor | None = None
     ) -> Iterator[tuple[slice, torch.Tensor]]:
         """`values` becomes what was lost, where there is feedback; else it stays."""
-        scratch = _scratch(values, self._ranks)
-        shares = torch.as_tensor(weights, dtype=scratch.dtype, device=values.device)
+        scratch = _scratch(values)
+        shares = torch.tensor(weights, dtype=scratch.dtype, device=values.device)
         if self.lossy and self._owed is None:
             self._owed = values.new_zeros(self._owner_values(self._count), dtype=scratch.dtype)
 
@@ -158,18 +158,15 @@ class CodedExchange(Exchange):
             return values.new_empty(count, size, dtype=torch.uint8)
 
         def scatter(chunk: slice) -> tuple[slice, torch.Tensor, Any]:
-            part, columns = values[chunk], self._owner_values(chunk.stop - chunk.start)
+            part = values[chunk] if fresh is None else values[chunk].add_(fresh[chunk])
+            columns = self._owner_values(chunk.stop - chunk.start)
             rows = part
             if len(part) < self._ranks * columns:  # a row for each rank that sums; the last chunk's end is zero
                 rows = part.new_zeros(self._ranks * columns)
                 rows[: len(part)] = part
             rows, coded, received = rows.view(self._ranks, columns), *(coded_rows(self._ranks, chunk) for _ in range(2))
             for piece in pieces(columns, values.device):
-                self._format.encode(rows[:, piece], coded, piece.start)
-                if self.lossy:
-                    kept = scratch[:, : piece.stop - piece.start]
-                    self._format.decode(coded, kept, piece.start)
-                    rows[:, piece].sub_(kept)
+                self._format.encode(rows[:, piece], coded, piece.start, leave_lost=self.lossy)
             if self.lossy and len(part) < rows.numel():
                 part.copy_(rows.view(-1)[: len(part)])
             return chunk, received, via.begin_all_to_all(received, coded)
@@ -179,15 +176,13 @@ class CodedExchange(Exchange):
             via.wait(work)
             coded, before = coded_rows(1, chunk), self._owner_values(chunk.start)
             for piece in pieces(self._owner_values(chunk.stop - chunk.start), values.device):
-                rows = scratch[:, : piece.stop - piece.start]
-                self._format.decode(received, rows, piece.start)
-                mean = shares @ rows
+                place = slice(before + piece.start, before + piece.stop)
+                mean = self._format.mean(received, shares, scratch[:, : piece.stop - piece.start], piece.start)
                 if self._owed is not None:
-                    mean += self._owed[before + piece.start : before + piece.stop]
-                self._format.encode(mean.unsqueeze(0), coded, piece.start)
+                    mean += self._owed[place]
+                self._format.encode(mean.unsqueeze(0), coded, piece.start, leave_lost=self.lossy)
                 if self._owed is not None:
-                    self._format.decode(coded, rows[:1], piece.start)
-                    self._owed[before + piece.start : before + piece.stop] = mean.sub_(rows[0])
+                    self._owed[place] = mean
             return chunk, received, via.begin_all_gather(received, coded)
 
         def finish(begun: tuple[slice, torch.Tensor, Any]) -> Iterator[tuple[slice, torch.Tensor]]:
@@ -231,7 +226,7 @@ class NodesExchange(Exchange):
         self._share = share_of(count, world)
 
     def means(
-        self, values: torch.Tensor, weights: Sequence[float], via: Collectives
+        self, values: torch.Tensor, weights: Sequence[float], via: Collectives, fresh: torch.Tensor | None = None
     ) -> Iterator[tuple[slice, torch.Tensor]]:
         """`values` becomes what this rank's own share lost; other shares are other ranks' concern."""
         assert via.within is not None
@@ -241,7 +236,8 @@ class NodesExchange(Exchange):
         mine = slice(self._world.local_rank * self._share, min((self._world.local_rank + 1) * self._share, self._count))
         work_type = torch.promote_types(values.dtype, torch.float32) if self.lossy else values.dtype
         shares = torch.zeros(local, self._share, dtype=work_type, device=values.device)
-        for chunk, mean in self._between.means(values[mine], nodes, via.between):
+        new = None if fresh is None else fresh[mine]
+        for chunk, mean in self._between.means(values[mine], nodes, via.between, new):
             shares[self._world.local_rank, chunk] = mean
         if self.lossy:
             values[: mine.start].zero_()
@@ -281,7 +277,7 @@ def make_exchange(
     if wire_format != "float32":
         # enough chunks that one's encoding hides another's transfer, each large enough to be worth a collective
         least = max(count // CHUNKS, LEAST_CHUNK_VALUES)
-        chunk_values = min(chunk_values, piece_values(values.device) if hidden else least)
+        chunk_values = min(chunk_values, HIDDEN_PIECES * piece_values(values.device) if hidden else least)
     if ranks == 1:
         return WholeExchange(chunk_values)
     if wire_format != "float32" and ranks == 2:
@@ -311,10 +307,10 @@ def pipeline(
         yield third(reduced.popleft())
 
 
-def _scratch(values: torch.Tensor, rows: int) -> torch.Tensor:
-    """Room for a piece of so many rows."""
+def _scratch(values: torch.Tensor) -> torch.Tensor:
+    """Room for a mean of a piece, and for a row that is added to it."""
     count = _whole_blocks(min(len(values), piece_values(values.device)))
-    return values.new_empty(rows, count, dtype=torch.promote_types(values.dtype, torch.float32))
+    return values.new_empty(2, count, dtype=torch.promote_types(values.dtype, torch.float32))
 
 
 def _whole_blocks(count: int) -> int:

@@ -76,7 +76,8 @@ class GradientNotes:
         signs = self._signs_of(sum(len(flat) // SKETCH + 1 for flat in found))[31 * number % TURNS :]
         sketch = torch.zeros(SKETCH, device=signs.device)
         for flat in found:
-            for place in pieces(len(flat), flat.device):
+            # in pieces where it is copied
+            for place in [slice(None)] if flat.dtype == torch.float32 else pieces(len(flat), flat.device):
                 piece = flat[place].float()
                 rows, rest = len(piece) // SKETCH, len(piece) % SKETCH
                 sketch += signs[:rows] @ piece[: rows * SKETCH].view(rows, SKETCH)

@@ -56,18 +56,23 @@ class Ledger:
                 self.judged += samples
                 self._right_sum += right
 
-    def header(self, times: Mapping[str, float], sent_bytes: float) -> dict[str, float]:
-        """This rank's numbers for the others; `times` is what the clock reads, the bytes are all ever sent."""
+    def place(self, times: Mapping[str, float]) -> dict[str, float]:
+        """How far this rank is in its observation; `times` is what the clock reads."""
         return {
             "samples": self.samples,
+            "steps": self.steps,
+            "compute_s": times["compute_s"] - self.compute_from_s,
+        }
+
+    def header(self, times: Mapping[str, float], sent_bytes: float) -> dict[str, float]:
+        """What else an observation is made of; the bytes are all ever sent."""
+        return {
             "loss_samples": self.loss_samples,
             "loss_sum": self._loss_sum.item(),
             "judged": self.judged,
             "right": self._right_sum.item(),
             "skipped": self.skipped,
             "in_a_row": self.skipped_in_a_row,
-            "steps": self.steps,
-            "compute_s": times["compute_s"] - self.compute_from_s,
             "wait_s": times["sync_wait_s"] - self.wait_from_s,
             "sent_bytes": sent_bytes - self.sent_from_bytes,
         }

@@ -3,6 +3,7 @@
 # Annotations are evaluated in this file: DDP checks those of its communication hook.
 
 import warnings
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -32,6 +33,10 @@ class GradientAverage:
         self._via: Collectives | None = None
         self._parallel: DistributedDataParallel | None = None
         self._powersgd: PowerSGDState | None = None
+        self._numbers = {id(parameter): number for number, parameter in enumerate(model.parameters())}
+        self._owed: dict[int, torch.Tensor] = {}
+        """What compression lost of gradients (flat, by the parameter's number) and no wrapper has made good yet."""
+        self._buckets: dict[int, list[torch.Tensor]] = {}
 
     @property
     def on(self) -> bool:
@@ -54,10 +59,12 @@ class GradientAverage:
 
         `notes` is shown every bucket before and after its average.
 
-        A fresh wrapper begins with the same buckets, and a compressor with no memory, wherever it is made; so a run
-        that rewraps at a checkpoint goes on bit for bit as one that is resumed from it.
+        A fresh wrapper begins with the same buckets, and a compressor with nothing but what it owes, wherever it is
+        made; so a run that rewraps at a checkpoint goes on bit for bit as one that is resumed from it.
         """
+        owed = self._all_owed()
         self.take_off()
+        self._owed = owed if via is not None else {}  # a local phase leaves old gradients behind
         if via is None or via.size == 1:
             return
         self._via, self._notes = via, notes
@@ -84,6 +91,7 @@ class GradientAverage:
     def take_off(self) -> None:
         """Unwrap the model."""
         self._parallel = self._powersgd = self._via = self._notes = None
+        self._buckets = {}
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Gradients stay on this rank."""
@@ -103,6 +111,8 @@ class GradientAverage:
             elif self._powersgd is not None:
                 before = self._powersgd.total_numel_after_compression
                 compressed = self._powersgd.iter >= POWERSGD_FROM_STEP
+                if compressed:
+                    self._hand_over(self._powersgd, bucket)
                 future = powerSGD_hook(self._powersgd, bucket)
                 # its later collectives begin when its earlier ones end, on Gloo's own threads: with two buckets under
                 # way each rank would begin them in an order of its own
@@ -122,6 +132,37 @@ class GradientAverage:
             return mean
 
         return future.then(checked)
+
+    def _hand_over(self, powersgd: PowerSGDState, bucket: GradBucket) -> None:
+        """Let the compressor make good what one before it owed of this bucket, as it first compresses it."""
+        if bucket.index() in self._buckets:
+            return
+        parameters = self._buckets[bucket.index()] = bucket.parameters()
+        owed = [self._owed.pop(self._numbers[id(parameter)], None) for parameter in parameters]
+        if any(part is not None for part in owed):
+            zeros = (parameter.new_zeros(parameter.numel()) for parameter in parameters)
+            powersgd.error_dict[bucket.index()] = torch.cat(
+                [zero if part is None else part for part, zero in zip(owed, zeros, strict=True)]
+            )
+
+    def _all_owed(self) -> dict[int, torch.Tensor]:
+        """What compression lost of gradients so far, flat, by the parameter's number."""
+        owed = dict(self._owed)
+        for index, lost in self._powersgd.error_dict.items() if self._powersgd is not None else ():
+            parameters = self._buckets[index]
+            parts = torch.split(lost, [parameter.numel() for parameter in parameters])
+            owed |= {self._numbers[id(each)]: part for each, part in zip(parameters, parts, strict=True)}
+        return owed
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {"owed": self._all_owed()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint; the wrapper is put on afresh after it."""
+        self.take_off()
+        device = next(self.model.parameters()).device
+        self._owed = {number: part.to(device) for number, part in state["owed"].items()}
 
 
 def _first(reduced: torch.futures.Future[Any]) -> torch.Tensor:

@@ -38,7 +38,8 @@ class Part:
         self._owed_within: torch.Tensor | None = None
         """What the wire format inside the node lost."""
         self._correction: torch.Tensor | None = None
-        """Minus the snapshot; once the average is there, the average minus the snapshot."""
+        """The snapshot (minus the base, where there is one); once the average is there, the average minus the
+        snapshot."""
 
     def use(self, settings: SyncConfig) -> None:
         """Exchange as these settings say from now on; the replicas are one, and nothing is under way."""
@@ -89,50 +90,54 @@ class Part:
     def snapshot(self) -> None:
         """Remember the replica as it is now, so that training may change it while it is averaged."""
         if self._correction is None:
-            self._correction = torch.empty_like(self.values)
-        torch.neg(self.values, out=self._correction)
+            self._correction = torch.empty_like(self.values if self._base is None else self._base)
+        if self._base is None:
+            self._correction.copy_(self.values)
+        else:
+            torch.sub(self.values, self._base, out=self._correction)
 
-    def pack(self, *, delayed: bool) -> float:
-        """Make ready what is sent; the squared norm of this rank's share of the divergence."""
+    def pack(self, *, delayed: bool, measured: bool) -> float:
+        """Make ready what is sent; where it is `measured`, the squared norm of this rank's share of the divergence."""
         if self._base is None:
             if not delayed:
                 self._outgoing = self.values
             else:
                 if self._outgoing is None or self._outgoing is self.values:
                     self._outgoing = torch.empty_like(self.values)
-                torch.neg(_present(self._correction), out=self._outgoing)
-            return _squared(self._outgoing).item()
+                self._outgoing.copy_(_present(self._correction))
+            return _squared(self._outgoing).item() if measured else 0.0
         if self._outgoing is None:
             self._outgoing = torch.zeros_like(self._base)
         norm = torch.zeros((), dtype=torch.float64, device=self.values.device)
         for piece in pieces(len(self.values), self.values.device):
-            if delayed:
-                back = self._base[piece] + _present(self._correction)[piece]
-            else:
-                back = self._base[piece] - self.values[piece]
-            norm += torch.dot(back, back)  # of displacements, so that few digits cancel
-            self._outgoing[piece] -= back
+            moved = _present(self._correction)[piece] if delayed else self.values[piece] - self._base[piece]
+            if measured:
+                norm += torch.dot(moved, moved)  # of displacements, so that few digits cancel
+            if not delayed:
+                self._outgoing[piece] += moved
         return norm.item()
 
     def exchange(
-        self, weights: Sequence[float], local_lr: float, via: Collectives, *, delayed: bool, plainly: bool
+        self,
+        weights: Sequence[float],
+        local_lr: float,
+        via: Collectives,
+        *,
+        delayed: bool,
+        plainly: bool,
+        measured: bool,
     ) -> float:
-        """Average with the other ranks; the squared norm of the mean. `plainly` passes the outer optimizer by."""
+        """Average with the other ranks; the squared norm of the mean, where it is `measured`. `plainly` passes the
+        outer optimizer by."""
         outgoing, outer = _present(self._outgoing), None if plainly else self._outer
-        displacement = torch.empty_like(outgoing) if outer is not None else None
+        correction = _present(self._correction) if delayed else None
         norm = torch.zeros((), dtype=torch.float64, device=self.values.device)
-        agreed_norm = torch.zeros_like(norm) if self._base is not None else norm
-
-        def agree(place: slice) -> None:
-            """What follows from the average there."""
-            agreed = self._agreed[place]
-            if self._base is not None:
-                agreed_norm.add_(torch.dot(agreed, agreed))
-            if delayed:
-                _present(self._correction)[place] += agreed
-
-        for place, mean in self._exchange.means(outgoing, weights, via):
-            norm += _squared(mean) if self._base is None else torch.dot(mean, mean)
+        agreed_norm = torch.zeros_like(norm)
+        displacement = torch.empty_like(outgoing) if outer is not None else None
+        fresh = None if self._base is None else correction
+        for place, mean in self._exchange.means(outgoing, weights, via, fresh):
+            if measured:
+                norm += _squared(mean) if self._base is None else torch.dot(mean, mean)
             if displacement is not None:
                 displacement[place] = mean
                 continue
@@ -140,14 +145,21 @@ class Part:
                 self._base[place] += mean
             else:
                 outgoing[place] = mean
-            agree(place)
+            if measured and self._base is not None:
+                agreed_norm += torch.dot(self._base[place], self._base[place])
+            if correction is not None:
+                torch.sub(mean, correction[place], out=correction[place])
         if outer is not None and displacement is not None:
+            base = self._agreed
+            if correction is not None:
+                correction += base  # the snapshot again
             outer.step(displacement, local_lr)
-            for place in pieces(len(self.values), self.values.device):
-                agree(place)
+            if correction is not None:
+                torch.sub(base, correction, out=correction)
+            agreed_norm = _squared(base)
         if self._base is not None and not self._exchange.lossy:
             self._outgoing = None
-        self.agreed_sq_norm = agreed_norm.item()
+        self.agreed_sq_norm = (norm if self._base is None else agreed_norm).item()
         return norm.item()
 
     @property

@@ -93,7 +93,7 @@ class LocalSGD:
         self._parallel = GradientAverage(model, settings.gradient_format)
         self._ledger = Ledger(device)
         self._told = Rounds(self.controller)
-        self._timetable = Timetable(self._averager, settings, self._told, self._header)
+        self._timetable = Timetable(self._averager, settings, self._told, self._place)
         self._stop_asked = False
         self._round_steps = 0
         self._batch_samples: int | None = None
@@ -347,7 +347,8 @@ class LocalSGD:
         self._enter_plan(ran)
         return heard
 
-    def _header(self) -> Header:
+    def _place(self) -> Header:
+        """What ranks compare and weigh an average by."""
         return {
             "round": self.rounds,
             "step": self.local_step,
@@ -356,10 +357,16 @@ class LocalSGD:
             "lr_scale": self.plan.lr_scale,
             "plan": zlib.crc32(repr(self.plan).encode()),
             "lr": self.optimizer.param_groups[0]["lr"] * self.lr_scale,
+            "transfer_s": self._timetable.transfer_s,
+            **self._ledger.place(self.clock.read()),
+        }
+
+    def _header(self) -> Header:
+        """That, and what makes up an observation."""
+        return self._place() | {
             "stop": self._stop_asked,
             "no_gradient": self.replica.without_gradient(),
             "layout": self.replica.layout_digest(),
-            "transfer_s": self._timetable.transfer_s,
             "memory": memory_share(self.world.device, self.world.local_size),
             **self._ledger.header(self.clock.read(), self.collectives.sent_bytes),
             **self._notes.header(),
@@ -411,6 +418,7 @@ class LocalSGD:
             "notes": self._notes.state_dict(),
             "early": self._early.state_dict(),
             "averager": self._averager.state_dict(),
+            "gradients": self._parallel.state_dict(),
             "timetable": self._timetable.state_dict(),
             "sent_bytes": self.collectives.sent_bytes,
             "clock": self.clock.state_dict(),
@@ -424,6 +432,7 @@ class LocalSGD:
         self._told.load_state_dict(state["told"])
         self._averager.use(self.settings.under(self.plan))
         self._averager.load_state_dict(state["averager"])
+        self._parallel.load_state_dict(state["gradients"])
         self._notes.load_state_dict(state["notes"])
         self._early.load_state_dict(state["early"])
         self._timetable.load_state_dict(state["timetable"])

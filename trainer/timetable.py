@@ -19,11 +19,11 @@ class Timetable:
         averager: what sends and lands.
         settings: how many fragments, how late, and how often inside a node.
         told: who hears what a round's average brought.
-        header: this rank's numbers for the others, as they are when it is called.
+        place: this rank's numbers for the others within a round, as they are when it is called.
     """
 
-    def __init__(self, averager: Averager, settings: SyncConfig, told: Rounds, header: Callable[[], Header]) -> None:
-        self._averager, self._settings, self._told, self._header = averager, settings, told, header
+    def __init__(self, averager: Averager, settings: SyncConfig, told: Rounds, place: Callable[[], Header]) -> None:
+        self._averager, self._settings, self._told, self._place = averager, settings, told, place
         self._delay = Delay(settings)
         self.are_one = True
         """The replicas are equal on all ranks."""
@@ -53,7 +53,7 @@ class Timetable:
         for fragment in fragments[:-1]:
             if round_steps == self._turn(fragment, plan):
                 self._take_of([fragment], now)
-                self.send([fragment], self._header(), plan, now)
+                self.send([fragment], self._place(), plan, now)
 
     def last_of_round(self, plan: Plan, now: int) -> list[int]:
         """The fragments to be sent at a round's end; what is still under way of them is taken."""
@@ -75,7 +75,7 @@ class Timetable:
         """Take what is under way, and where that leaves replicas apart average them once more."""
         self._take(self._averager.flying, now)
         if not self.are_one:
-            self._averager.send(self._averager.everything, self._header(), now, plainly=True)
+            self._averager.send(self._averager.everything, self._place(), now, plainly=True)
             self._averager.land(self._averager.flying[-1], now, wholly=True)
             self.are_one = True
 

@@ -12,20 +12,24 @@ BLOCK = 128
 
 
 class Format(Protocol):
-    """Rows of values, (rows, count) of a floating type, as rows of bytes, (rows, row_bytes(count)) uint8, and back.
+    """Rows of values, (rows, count) of float32 or wider, as rows of bytes, (rows, row_bytes(count)) uint8, and back.
 
-    Encoding and decoding may take a row piece by piece: `values` are then (rows, some), and `first`, a multiple of
-    BLOCK, says how many values of the row come before them.
+    All may take a row piece by piece: `values` are then (rows, some), and `first`, a multiple of BLOCK, says how many
+    values of the row come before them.
     """
 
     def row_bytes(self, count: int) -> int:
         """Bytes of a row of `count` values, a multiple of BLOCK."""
 
-    def encode(self, values: torch.Tensor, coded: torch.Tensor, first: int = 0) -> None:
-        """Write `values` into `coded`."""
+    def encode(self, values: torch.Tensor, coded: torch.Tensor, first: int = 0, *, leave_lost: bool = False) -> None:
+        """Write `values` into `coded`; with `leave_lost` they become what that lost, else they stay."""
 
     def decode(self, coded: torch.Tensor, values: torch.Tensor, first: int = 0) -> None:
         """Write what `coded` says into `values`."""
+
+    def mean(self, coded: torch.Tensor, shares: torch.Tensor, scratch: torch.Tensor, first: int = 0) -> torch.Tensor:
+        """The sum over the rows that `coded` (rows, bytes) says, each times its share (rows,): the first row of
+        `scratch` (2, some). The same bits wherever the same is summed."""
 
 
 @dataclass(frozen=True)
@@ -38,13 +42,30 @@ class Cast:
         """`dtype`'s own bytes."""
         return count * self.dtype.itemsize
 
-    def encode(self, values: torch.Tensor, coded: torch.Tensor, first: int = 0) -> None:
+    def encode(self, values: torch.Tensor, coded: torch.Tensor, first: int = 0, *, leave_lost: bool = False) -> None:
         """Round to nearest."""
-        coded.view(self.dtype)[:, first : first + values.shape[1]].copy_(values)
+        numbers = self._numbers(coded, first, values.shape[1]).copy_(values)
+        if leave_lost:
+            values.sub_(numbers.to(values.dtype))
 
     def decode(self, coded: torch.Tensor, values: torch.Tensor, first: int = 0) -> None:
         """Exact."""
-        values.copy_(coded.view(self.dtype)[:, first : first + values.shape[1]])
+        values.copy_(self._numbers(coded, first, values.shape[1]))
+
+    def mean(self, coded: torch.Tensor, shares: torch.Tensor, scratch: torch.Tensor, first: int = 0) -> torch.Tensor:
+        """Summed in `scratch`'s type."""
+        numbers = self._numbers(coded, first, scratch.shape[1])
+        total = scratch[0].copy_(numbers[0]).mul_(shares[0])
+        for row, share in zip(numbers[1:], shares[1:], strict=True):
+            total.addcmul_(scratch[1].copy_(row), share)
+        return total
+
+    def _numbers(self, coded: torch.Tensor, first: int, count: int) -> torch.Tensor:
+        return coded.view(self.dtype)[:, first : first + count]
+
+
+LEAST = 1e-30
+"""The least magnitude that a block's largest counts as, so that a block of zeros has a scale to divide by."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +74,8 @@ class Blocks:
 
     A block's scale is its largest magnitude over `levels`. A value that is not finite makes its whole block NaN.
     Four-bit numbers are packed in twos, a block's first half beside its second.
+
+    Few operations, in place where that can be: most of what hidden averages cost is memory gone cold.
     """
 
     bits: int
@@ -66,31 +89,47 @@ class Blocks:
         """The numbers, then the scales."""
         return self._code_bytes(count) + count // BLOCK * 4
 
-    def encode(self, values: torch.Tensor, coded: torch.Tensor, first: int = 0) -> None:
+    def encode(self, values: torch.Tensor, coded: torch.Tensor, first: int = 0, *, leave_lost: bool = False) -> None:
         """Round to nearest."""
-        blocks = values.reshape(len(values), -1, BLOCK).float()
+        blocks = values.view(len(values), -1, BLOCK)
         codes, kept = self._views(coded, first, blocks.shape[1])
-        scales = blocks.abs().amax(dim=2).div_(self.levels)
-        inverse = torch.where(scales > 0, scales.reciprocal(), 0.0)
-        numbers = (blocks * inverse.unsqueeze(2)).round_()
-        kept.copy_(scales)
+        largest = torch.maximum(blocks.amax(dim=2), blocks.amin(dim=2).neg_())
+        kept.copy_(largest.clamp_min_(LEAST).div_(self.levels))
+        scales = kept.to(values.dtype).unsqueeze(2)
+        numbers = (blocks * scales.reciprocal()).round_()
         if self.bits == 8:
             codes.view(torch.int8).copy_(numbers)
         else:
-            low, high = numbers.tensor_split(2, dim=2)
-            codes.copy_(high.add_(8).mul_(16).add_(low.add_(8)))
+            low, high = numbers.to(torch.int8).add_(8).tensor_split(2, dim=2)
+            codes.view(torch.int8).copy_(high.bitwise_left_shift_(4).bitwise_or_(low))
+        if leave_lost:
+            blocks.addcmul_(numbers, scales, value=-1)
 
     def decode(self, coded: torch.Tensor, values: torch.Tensor, first: int = 0) -> None:
         """Number times scale."""
         blocks = values.view(len(values), -1, BLOCK)
         codes, scales = self._views(coded, first, blocks.shape[1])
+        torch.mul(self._numbers(codes), scales.to(values.dtype).unsqueeze(2), out=blocks)
+
+    def mean(self, coded: torch.Tensor, shares: torch.Tensor, scratch: torch.Tensor, first: int = 0) -> torch.Tensor:
+        """Numbers times scales that hold the shares."""
+        total, row = scratch.view(2, -1, BLOCK)
+        codes, scales = self._views(coded, first, total.shape[0])
+        scales = (scales * shares.unsqueeze(1)).to(scratch.dtype).unsqueeze(2)
+        torch.mul(self._numbers(codes[0]), scales[0], out=total)
+        for numbers, scale in zip(codes[1:], scales[1:], strict=True):
+            total.addcmul_(row.copy_(self._numbers(numbers)), scale)
+        return scratch[0]
+
+    def _numbers(self, codes: torch.Tensor) -> torch.Tensor:
+        """Whole numbers (..., BLOCK) int8 of codes (..., bytes of a block)."""
         if self.bits == 8:
-            blocks.copy_(codes.view(torch.int8))
-        else:
-            low, high = blocks.tensor_split(2, dim=2)
-            low.copy_(codes & 15).sub_(8)
-            high.copy_(codes >> 4).sub_(8)
-        blocks.mul_(scales.unsqueeze(2))
+            return codes.view(torch.int8)
+        numbers = codes.new_empty(*codes.shape[:-1], BLOCK)
+        low, high = numbers.tensor_split(2, dim=-1)
+        torch.bitwise_and(codes, 15, out=low)
+        torch.bitwise_right_shift(codes, 4, out=high)
+        return numbers.view(torch.int8).sub_(8)
 
     def _code_bytes(self, count: int) -> int:
         return count * self.bits // 8
