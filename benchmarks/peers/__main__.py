@@ -34,7 +34,8 @@ from trainer.config import WorldConfig
 from trainer.world import open_world
 
 RESULTS = Path("benchmarks/results/peers")
-DEFAULT = ["alone", "ebbtide", "ebbtide_int4", "post_local_sgd", "accelerate", "torchft_local_sgd", "torchft_diloco"]
+DEFAULT = ["alone", "ebbtide", "ebbtide_int4_period_4"]
+DEFAULT += ["post_local_sgd", "accelerate", "torchft_local_sgd", "torchft_diloco"]
 
 
 def worker(name: str, seed: int, steps: int | None, out: Path) -> None:
