@@ -19,7 +19,7 @@ FULL_MEMORY = 0.9
 SHOWN = 4
 TIE = 0.03  # goodput so near the best counts as good: then the fewest averages decide
 CARE = {"time": 3.0, "bytes": 3.0, "accuracy": 12.0}
-LATE_CARE = 48.0  # at least, in the late part: what is not learned there is not learned at all
+LATE_CARE = 4.0  # times as much in the late part
 SLACK = 1.5  # times the bound, before a Plan must end
 
 
@@ -32,7 +32,7 @@ class Autopilot(Policy):
     gradient noise and how fast replicas part; then it compares all candidates again and again, and takes a better one
     where that promises enough. A run has only so many samples, and what one fails to teach is lost for good, while
     seconds are only spent: so efficiency counts `care` times. The last part of the run is spent at the smallest batch
-    and with a care of 48 or more, for generalization.
+    and with four times the care, for generalization.
     """
 
     lr_scaling: LrScaling = "gain"
@@ -58,7 +58,7 @@ class Autopilot(Policy):
     min_stay_steps: int = 64
     """Local steps between two comparisons, and before a better Plan may end a phase."""
     late_from: float = 0.75
-    """Share of the run's samples after which only the smallest batch is used, with a care of 48 or more."""
+    """Share of the run's samples after which only the smallest batch is used, with four times the care."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -150,7 +150,7 @@ class Autopilot(Policy):
 
     def _score(self, each: Worth, late: bool) -> float:
         """Goodput with care."""
-        care = max(CARE[self.target] if self.care is None else self.care, LATE_CARE if late else 0)
+        care = (CARE[self.target] if self.care is None else self.care) * (LATE_CARE if late else 1)
         return float(each.samples_per_s * each.efficiency**care)
 
     def _candidates(self, costs: Costs, largest: int) -> Iterator[Plan]:
