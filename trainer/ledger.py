@@ -62,9 +62,10 @@ class Ledger:
             "samples": self.samples,
             "steps": self.steps,
             "compute_s": times["compute_s"] - self.compute_from_s,
+            "wait_s": times["sync_wait_s"] - self.wait_from_s,
         }
 
-    def header(self, times: Mapping[str, float], sent_bytes: float) -> dict[str, float]:
+    def header(self, sent_bytes: float) -> dict[str, float]:
         """What else an observation is made of; the bytes are all ever sent."""
         return {
             "loss_samples": self.loss_samples,
@@ -73,7 +74,6 @@ class Ledger:
             "right": self._right_sum.item(),
             "skipped": self.skipped,
             "in_a_row": self.skipped_in_a_row,
-            "wait_s": times["sync_wait_s"] - self.wait_from_s,
             "sent_bytes": sent_bytes - self.sent_from_bytes,
         }
 

@@ -156,7 +156,8 @@ class Part:
             outer.step(displacement, local_lr)
             if correction is not None:
                 torch.sub(base, correction, out=correction)
-            agreed_norm = _squared(base)
+            if measured:
+                agreed_norm = _squared(base)
         if self._base is not None and not self._exchange.lossy:
             self._outgoing = None
         self.agreed_sq_norm = (norm if self._base is None else agreed_norm).item()

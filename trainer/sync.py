@@ -368,7 +368,7 @@ class LocalSGD:
             "no_gradient": self.replica.without_gradient(),
             "layout": self.replica.layout_digest(),
             "memory": memory_share(self.world.device, self.world.local_size),
-            **self._ledger.header(self.clock.read(), self.collectives.sent_bytes),
+            **self._ledger.header(self.collectives.sent_bytes),
             **self._notes.header(),
         }
 
