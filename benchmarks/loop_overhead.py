@@ -27,7 +27,7 @@ from torch import nn
 from benchmarks.provenance import provenance
 from trainer.config import DataConfig, OptimConfig, StepConfig, SyncConfig, WorldConfig
 from trainer.data import ShardStream, open_part, shard_of
-from trainer.memory import peak_memory_bytes
+from trainer.memory import keep_freed_memory, peak_memory_bytes
 from trainer.optim import build_optimizer, learning_rate, set_learning_rate
 from trainer.plan import Plan
 from trainer.policies import Constant
@@ -120,6 +120,7 @@ def speed(data: DataConfig, batch: int, repeats: int, seconds: float) -> dict[st
 def _peak(send: Any, place: dict[str, str], data: DataConfig, batch: int, hidden: int, mode: str) -> None:
     os.environ.update(place)
     torch.set_num_threads(1)
+    keep_freed_memory()
     if place:
         with open_world(WorldConfig(backend="gloo")) as world:
             ours(data, batch, 64, world, period=16, settings=SyncConfig(**MODES[mode]), hidden=hidden)
@@ -207,6 +208,7 @@ def main() -> None:
     data = DataConfig(root=args.data)
     repeats, seconds = (3, 2.0) if args.quick else (9, 8.0)
     torch.set_num_threads(1)
+    keep_freed_memory()  # for both
     out = Path(args.out)
     result: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {}
     for part in [args.only] if args.only else ["speed", "memory"]:

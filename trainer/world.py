@@ -18,6 +18,7 @@ import trainer
 from trainer.config import WorldConfig
 from trainer.errors import ConfigError, MismatchError, PeerError
 from trainer.launcher import Launch, read_launch
+from trainer.memory import keep_freed_memory
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,8 @@ class World:
 
 @contextmanager
 def open_world(config: WorldConfig) -> Iterator[World]:
-    """Join the process group, and leave it whatever happens; a world of one needs none."""
+    """Join the process group, and leave it whatever happens; a world of one needs none. On the CPU freed memory is kept
+    for the steps to come."""
     launch = read_launch()
     cuda = torch.cuda.is_available() and config.backend != "gloo"
     if config.backend == "nccl" and not cuda:
@@ -114,6 +116,8 @@ def open_world(config: WorldConfig) -> Iterator[World]:
     device = torch.device("cuda", launch.local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+    else:
+        keep_freed_memory()
     world = World(launch.rank, launch.size, launch.local_rank, launch.local_size, launch.node, device, config.timeout_s)
     if world.size == 1:
         yield world
