@@ -5,6 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -66,12 +68,49 @@ class WholeExchange(Exchange):
         """`values` becomes the mean."""
         sent = []
         for chunk in _chunks(len(values), self._chunk):
-            part = values[chunk] if fresh is None else values[chunk].add_(fresh[chunk])
-            part.mul_(weights[via.rank])
+            part = _renewed(values, fresh, chunk).mul_(weights[via.rank])
             sent.append((chunk, part, via.begin_sum_(part)))
         for chunk, part, work in sent:
             via.wait(work)
             yield chunk, part
+
+
+@dataclass(frozen=True)
+class Sending:
+    """A chunk whose collective is under way."""
+
+    chunk: slice
+    coded: torch.Tensor
+    """What arrives: rows of bytes."""
+    work: Any
+
+
+class Coding:
+    """One exchange of encoded values: what its chunks have in common. Memory is taken once for all of them, since a
+    training thread beside this one would break it up."""
+
+    def __init__(
+        self, values: torch.Tensor, fresh: torch.Tensor | None, weights: Sequence[float], via: Collectives
+    ) -> None:
+        self.values, self.via, self._fresh = values, via, fresh
+        columns = _whole_blocks(min(len(values), piece_values(values.device)))
+        work_type = torch.promote_types(values.dtype, torch.float32)
+        self.scratch = values.new_empty(2, columns, dtype=work_type)
+        """For the mean of a piece, and a row that is added to it."""
+        self.shares = torch.tensor(weights, dtype=work_type, device=values.device)
+
+    def take(self, place: slice) -> torch.Tensor:
+        """The values of a place, what is fresh added to them; once for every place."""
+        return _renewed(self.values, self._fresh, place)
+
+    def rows(self, count: int, size: int) -> torch.Tensor:
+        """Room for encoded values, (count, size) bytes."""
+        return self.values.new_empty(count, size, dtype=torch.uint8)
+
+    def pieces_of(self, start: int, stop: int) -> Iterator[tuple[slice, slice]]:
+        """The pieces of these values, as places after `start` and as places in the whole."""
+        for piece in pieces(stop - start, self.values.device):
+            yield piece, slice(start + piece.start, start + piece.stop)
 
 
 class PairExchange(Exchange):
@@ -86,29 +125,24 @@ class PairExchange(Exchange):
         self, values: torch.Tensor, weights: Sequence[float], via: Collectives, fresh: torch.Tensor | None = None
     ) -> Iterator[tuple[slice, torch.Tensor]]:
         """`values` becomes what was lost."""
-        # memory is taken once for all chunks: a training thread beside this one would break it up
+        coding = Coding(values, fresh, weights, via)
         columns = _whole_blocks(min(self._chunk, len(values)))
-        codes = values.new_empty(AHEAD + 1, 2 * self._format.row_bytes(columns), dtype=torch.uint8)
-        scratch = _scratch(values)
-        shares = torch.tensor(weights, dtype=scratch.dtype, device=values.device)
-        begun: deque[tuple[slice, torch.Tensor, Any]] = deque()
+        room = coding.rows(AHEAD + 1, 2 * self._format.row_bytes(columns))
+        begun: deque[Sending] = deque()
         for number, chunk in enumerate(_chunks(len(values), self._chunk)):
-            new = None if fresh is None else fresh[chunk]
-            begun.append(self._show(values[chunk], new, chunk, codes[number % len(codes)], via))
+            begun.append(self._show(coding, chunk, room[number % len(room)]))
             if len(begun) > AHEAD:
-                yield from self._mean(begun.popleft(), shares, scratch, via)
+                yield from self._means(coding, begun.popleft())
         while begun:
-            yield from self._mean(begun.popleft(), shares, scratch, via)
+            yield from self._means(coding, begun.popleft())
 
-    def _show(
-        self, part: torch.Tensor, fresh: torch.Tensor | None, chunk: slice, codes: torch.Tensor, via: Collectives
-    ) -> tuple[slice, torch.Tensor, Any]:
-        """Begin to send a chunk and to receive the other's, in `codes`, and leave in `part` what was lost."""
-        size = self._format.row_bytes(_whole_blocks(len(part)))
-        both = codes[: 2 * size].view(2, size)
-        coded = both[via.rank : via.rank + 1]
-        for piece in pieces(len(part), part.device):
-            some = part[piece] if fresh is None else part[piece].add_(fresh[piece])
+    def _show(self, coding: Coding, chunk: slice, room: torch.Tensor) -> Sending:
+        """Begin to send a chunk and to receive the other's, and leave in its place what was lost."""
+        rank, size = coding.via.rank, self._format.row_bytes(_whole_blocks(chunk.stop - chunk.start))
+        both = room[: 2 * size].view(2, size)
+        coded = both[rank : rank + 1]
+        for piece, place in coding.pieces_of(chunk.start, chunk.stop):
+            some = coding.take(place)
             whole, rest = some.tensor_split([len(some) // BLOCK * BLOCK])
             if len(whole):
                 self._format.encode(whole.unsqueeze(0), coded, piece.start, leave_lost=True)
@@ -117,17 +151,14 @@ class PairExchange(Exchange):
                 last[0, : len(rest)] = rest
                 self._format.encode(last, coded, piece.start + len(whole), leave_lost=True)
                 rest.copy_(last[0, : len(rest)])
-        return chunk, both, via.begin_swap(both[1 - via.rank], both[via.rank])
+        return Sending(chunk, both, coding.via.begin_swap(both[1 - rank], both[rank]))
 
-    def _mean(
-        self, begun: tuple[slice, torch.Tensor, Any], shares: torch.Tensor, scratch: torch.Tensor, via: Collectives
-    ) -> Iterator[tuple[slice, torch.Tensor]]:
-        chunk, both, work = begun
-        via.wait(work)
-        for piece in pieces(chunk.stop - chunk.start, scratch.device):
+    def _means(self, coding: Coding, begun: Sending) -> Iterator[tuple[slice, torch.Tensor]]:
+        coding.via.wait(begun.work)
+        for piece, place in coding.pieces_of(begun.chunk.start, begun.chunk.stop):
             count = piece.stop - piece.start
-            mean = self._format.mean(both, shares, scratch[:, : _whole_blocks(count)], piece.start)
-            yield slice(chunk.start + piece.start, chunk.start + piece.stop), mean[:count]
+            scratch = coding.scratch[:, : _whole_blocks(count)]
+            yield place, self._format.mean(begun.coded, coding.shares, scratch, piece.start)[:count]
 
 
 class CodedExchange(Exchange):
@@ -148,57 +179,58 @@ class CodedExchange(Exchange):
         self, values: torch.Tensor, weights: Sequence[float], via: Collectives, fresh: torch.Tensor | None = None
     ) -> Iterator[tuple[slice, torch.Tensor]]:
         """`values` becomes what was lost, where there is feedback; else it stays."""
-        scratch = _scratch(values)
-        shares = torch.tensor(weights, dtype=scratch.dtype, device=values.device)
+        coding = Coding(values, fresh, weights, via)
         if self.lossy and self._owed is None:
-            self._owed = values.new_zeros(self._owner_values(self._count), dtype=scratch.dtype)
+            self._owed = values.new_zeros(self._owner_values(self._count), dtype=coding.scratch.dtype)
+        stages = partial(self._scatter, coding), partial(self._reduce, coding), partial(self._finish, coding)
+        for means in pipeline(_chunks(len(values), self._chunk), *stages):
+            yield from means
 
-        def coded_rows(count: int, chunk: slice) -> torch.Tensor:
-            size = self._format.row_bytes(self._owner_values(chunk.stop - chunk.start))
-            return values.new_empty(count, size, dtype=torch.uint8)
+    def _scatter(self, coding: Coding, chunk: slice) -> Sending:
+        """Begin to send each rank what it sums of a chunk."""
+        part, columns = coding.take(chunk), self._columns(chunk)
+        rows = part
+        if len(part) < self._ranks * columns:  # a row for each rank that sums; the last chunk's end is zero
+            rows = part.new_zeros(self._ranks * columns)
+            rows[: len(part)] = part
+        rows = rows.view(self._ranks, columns)
+        coded, received = (coding.rows(self._ranks, self._format.row_bytes(columns)) for _ in range(2))
+        for piece in pieces(columns, part.device):
+            self._format.encode(rows[:, piece], coded, piece.start, leave_lost=self.lossy)
+        if self.lossy and len(part) < rows.numel():
+            part.copy_(rows.view(-1)[: len(part)])
+        return Sending(chunk, received, coding.via.begin_all_to_all(received, coded))
 
-        def scatter(chunk: slice) -> tuple[slice, torch.Tensor, Any]:
-            part = values[chunk] if fresh is None else values[chunk].add_(fresh[chunk])
-            columns = self._owner_values(chunk.stop - chunk.start)
-            rows = part
-            if len(part) < self._ranks * columns:  # a row for each rank that sums; the last chunk's end is zero
-                rows = part.new_zeros(self._ranks * columns)
-                rows[: len(part)] = part
-            rows, coded, received = rows.view(self._ranks, columns), *(coded_rows(self._ranks, chunk) for _ in range(2))
-            for piece in pieces(columns, values.device):
-                self._format.encode(rows[:, piece], coded, piece.start, leave_lost=self.lossy)
-            if self.lossy and len(part) < rows.numel():
-                part.copy_(rows.view(-1)[: len(part)])
-            return chunk, received, via.begin_all_to_all(received, coded)
+    def _reduce(self, coding: Coding, begun: Sending) -> Sending:
+        """Sum what arrived, and begin to send the mean to all."""
+        coding.via.wait(begun.work)
+        columns, before = self._columns(begun.chunk), self._owner_values(begun.chunk.start)
+        coded = coding.rows(1, self._format.row_bytes(columns))
+        for piece, place in coding.pieces_of(before, before + columns):
+            scratch = coding.scratch[:, : piece.stop - piece.start]
+            mean = self._format.mean(begun.coded, coding.shares, scratch, piece.start)
+            if self._owed is not None:
+                mean += self._owed[place]
+            self._format.encode(mean.unsqueeze(0), coded, piece.start, leave_lost=self.lossy)
+            if self._owed is not None:
+                self._owed[place] = mean
+        return Sending(begun.chunk, begun.coded, coding.via.begin_all_gather(begun.coded, coded))
 
-        def reduce(begun: tuple[slice, torch.Tensor, Any]) -> tuple[slice, torch.Tensor, Any]:
-            chunk, received, work = begun
-            via.wait(work)
-            coded, before = coded_rows(1, chunk), self._owner_values(chunk.start)
-            for piece in pieces(self._owner_values(chunk.stop - chunk.start), values.device):
-                place = slice(before + piece.start, before + piece.stop)
-                mean = self._format.mean(received, shares, scratch[:, : piece.stop - piece.start], piece.start)
-                if self._owed is not None:
-                    mean += self._owed[place]
-                self._format.encode(mean.unsqueeze(0), coded, piece.start, leave_lost=self.lossy)
-                if self._owed is not None:
-                    self._owed[place] = mean
-            return chunk, received, via.begin_all_gather(received, coded)
+    def _finish(self, coding: Coding, begun: Sending) -> Iterator[tuple[slice, torch.Tensor]]:
+        """The means that arrived."""
+        coding.via.wait(begun.work)
+        columns = self._columns(begun.chunk)
+        for row in range(self._ranks):
+            start = begun.chunk.start + row * columns
+            for piece, place in coding.pieces_of(start, min(start + columns, begun.chunk.stop)):
+                count = piece.stop - piece.start
+                mean = coding.scratch[:1, : _whole_blocks(count)]
+                self._format.decode(begun.coded[row : row + 1], mean, piece.start)
+                yield place, mean[0, :count]
 
-        def finish(begun: tuple[slice, torch.Tensor, Any]) -> Iterator[tuple[slice, torch.Tensor]]:
-            chunk, gathered, work = begun
-            via.wait(work)
-            columns = self._owner_values(chunk.stop - chunk.start)
-            for row in range(self._ranks):
-                whole = slice(chunk.start + row * columns, min(chunk.start + (row + 1) * columns, chunk.stop))
-                for piece in pieces(whole.stop - whole.start, values.device):
-                    count = piece.stop - piece.start
-                    mean = scratch[:1, : _whole_blocks(count)]
-                    self._format.decode(gathered[row : row + 1], mean, piece.start)
-                    yield slice(whole.start + piece.start, whole.start + piece.stop), mean[0, :count]
-
-        for chunk in pipeline(_chunks(len(values), self._chunk), scatter, reduce, finish):
-            yield from chunk
+    def _columns(self, chunk: slice) -> int:
+        """Values of a chunk that one rank sums."""
+        return self._owner_values(chunk.stop - chunk.start)
 
     def _owner_values(self, count: int) -> int:
         """Values that one rank sums of `count`."""
@@ -307,10 +339,9 @@ def pipeline(
         yield third(reduced.popleft())
 
 
-def _scratch(values: torch.Tensor) -> torch.Tensor:
-    """Room for a mean of a piece, and for a row that is added to it."""
-    count = _whole_blocks(min(len(values), piece_values(values.device)))
-    return values.new_empty(2, count, dtype=torch.promote_types(values.dtype, torch.float32))
+def _renewed(values: torch.Tensor, fresh: torch.Tensor | None, place: slice) -> torch.Tensor:
+    """The values of a place, what is fresh added to them."""
+    return values[place] if fresh is None else values[place].add_(fresh[place])
 
 
 def _whole_blocks(count: int) -> int:
