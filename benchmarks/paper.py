@@ -46,7 +46,7 @@ import torch
 from matplotlib.figure import Figure
 
 from benchmarks.provenance import provenance
-from benchmarks.shaped import KEEP_MEMORY, write_table
+from benchmarks.shaped import write_table
 from trainer import recipes
 from trainer.data import Transform, open_part
 from trainer.tasks import build_model, loss_function
@@ -145,7 +145,7 @@ def train(trial: Trial, settings: Settings, root: str) -> str:
     command += ["--data.test-limit", str(settings.test_limit)]
     command += ["--task.small-image-stem" if settings.stem_of(trial.model) == "small" else "--task.no-small-image-stem"]
     command += ["--record.reference-s", "0", "--record.no-progress", "--record.no-tensorboard"]
-    env = os.environ | KEEP_MEMORY | {"OMP_NUM_THREADS": "1"}
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=env, stderr=subprocess.PIPE, text=True, check=False)
     return done.stderr or f"exit code {done.returncode}" if done.returncode else ""
 

@@ -61,15 +61,6 @@ class Hosts:
             raise RuntimeError(f"{module} {' '.join(arguments)}: exit codes {codes}\n{ends}")
 
 
-# By default glibc gives large tensors back to the kernel and faults them in again, in some processes at every step and
-# in some never, by luck: up to a quarter of a run's time. With these every process keeps what it has.
-KEEP_MEMORY = {
-    "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
-    "MALLOC_TRIM_THRESHOLD_": str(2**30),
-    "MALLOC_ARENA_MAX": "1",
-}
-
-
 @contextmanager
 def hosts(count: int, rate: str, mtu: int = 9000) -> Iterator[Hosts]:
     """`count` hosts whose links carry `rate` (100mbit, 1gbit ...) in each direction; "" is as fast as it goes.
@@ -77,8 +68,7 @@ def hosts(count: int, rate: str, mtu: int = 9000) -> Iterator[Hosts]:
     Frames of 9,000 bytes stand in for the segmentation that a network card does and these links do not: with 1,500 the
     kernel's work for each packet, not the rate, decides.
     """
-    env = os.environ | {"HOSTS_PREFIX": f"ebbtide{os.getpid()}", "LAB_OWNER": str(os.getpid())}
-    env |= KEEP_MEMORY | {"HOSTS_MTU": str(mtu)}
+    env = os.environ | {"HOSTS_PREFIX": f"ebbtide{os.getpid()}", "LAB_OWNER": str(os.getpid()), "HOSTS_MTU": str(mtu)}
     subprocess.run([str(SCRIPT), "up", str(count), *([rate] if rate else [])], check=True, env=env)
     try:
         yield Hosts(count, env)

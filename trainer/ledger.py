@@ -51,7 +51,7 @@ class Ledger:
         else:
             self.skipped_in_a_row = 0
             self.loss_samples += samples
-            self._loss_sum += loss.detach() * samples
+            self._loss_sum.add_(loss.detach(), alpha=samples)
             if right is not None:
                 self.judged += samples
                 self._right_sum += right

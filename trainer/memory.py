@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # mallopt(3)
 
 
 def keep_freed_memory() -> None:
@@ -20,12 +20,14 @@ def keep_freed_memory() -> None:
 
     By default glibc gives memory back whenever the top of its heap is free, which is a matter of luck: the same loop
     then faults all its gradients and activations in again at every step or not at all. Blocks above 32 MiB are given
-    back all the same. `MALLOC_TRIM_THRESHOLD_` in the environment overrules this; other C libraries know no such thing.
+    back all the same. All threads share one heap, so that averaging beside training takes what training has freed.
+    `MALLOC_TRIM_THRESHOLD_` in the environment overrules this; other C libraries know no such thing.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None and "MALLOC_TRIM_THRESHOLD_" not in os.environ:
         mallopt(M_TRIM_THRESHOLD, 2**30)
         mallopt(M_MMAP_THRESHOLD, 2**25)  # the most that it takes
+        mallopt(M_ARENA_MAX, 1)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

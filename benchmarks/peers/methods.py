@@ -167,8 +167,8 @@ METHODS: dict[str, Any] = {
     "ebbtide_int4_period_32_quarters": ours(
         wire_format="int4", delay_steps="auto", max_delay_steps=32, period=32, fragments=4
     ),
-    "ebbtide_int4_period_32_eighths": ours(
-        wire_format="int4", delay_steps="auto", max_delay_steps=32, period=32, fragments=8
+    "ebbtide_int4_period_32_eighths": ours(  # in messages that fit the queue of a slow link
+        wire_format="int4", delay_steps="auto", max_delay_steps=32, period=32, fragments=8, bucket_bytes=2**18
     ),
     "ebbtide_int4_period_64": ours(wire_format="int4", delay_steps="auto", max_delay_steps=32, period=64),
     "ebbtide_int4_period_64_halves": ours(
