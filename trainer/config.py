@@ -206,7 +206,7 @@ class SyncConfig:
     outer_momentum: float | None = None
     """Momentum of the outer optimizer (of fedadam: its first decay); without it, the published one."""
     bucket_bytes: int = 4 * 2**20
-    """Bytes of a flat bucket: one collective each."""
+    """Bytes of a flat bucket in float32: one collective each. What is sent at once should fit a slow link's queue."""
     node_period_steps: int | None = None
     """Local steps between averagings inside a node; 1 averages its gradients at every step. Without it a node's ranks
     are averaged with all others. With it a round's average goes between nodes, a share of it a rank."""
