@@ -86,8 +86,8 @@ class Sending:
 
 
 class Coding:
-    """One exchange of encoded values: what its chunks have in common. Memory is taken once for all of them, since a
-    training thread beside this one would break it up."""
+    """One exchange of encoded values: what its chunks have in common. Scratch is taken once for all of them, since a
+    training thread beside this one would break memory up."""
 
     def __init__(
         self, values: torch.Tensor, fresh: torch.Tensor | None, weights: Sequence[float], via: Collectives
@@ -154,6 +154,7 @@ class PairExchange(Exchange):
         return Sending(chunk, both, coding.via.begin_swap(both[1 - rank], both[rank]))
 
     def _means(self, coding: Coding, begun: Sending) -> Iterator[tuple[slice, torch.Tensor]]:
+        """The means of what both showed."""
         coding.via.wait(begun.work)
         for piece, place in coding.pieces_of(begun.chunk.start, begun.chunk.stop):
             count = piece.stop - piece.start
