@@ -37,6 +37,7 @@ LAYERS = [
     "part",
     "averaging",
     "delay",
+    "progress",
     "timetable",
     "parallel",
     "early_end",

@@ -16,12 +16,9 @@ from trainer.background import Background
 from trainer.clock import Clock
 from trainer.collectives import Collectives
 from trainer.config import SyncConfig
-from trainer.ledger import compare
+from trainer.ledger import Header, compare
 from trainer.part import Part
 from trainer.replica import Replica
-
-Header = dict[str, float]
-AGREED = ("round", "step", "batch", "period", "lr_scale", "plan")
 
 
 @dataclass(frozen=True)
@@ -236,7 +233,7 @@ class Averager:
         with nullcontext() if delayed else self._clock.waiting("sync_wait"), torch.no_grad():
             norm = sum(part.pack(delayed=delayed, measured=ends_round) for part in parts)
             headers = via.gather(header | {"norm": norm})
-            compare(headers, AGREED)
+            compare(headers)
             trained = sum(rank["samples"] for rank in headers)
             weights = [rank["samples"] / trained if trained else 1 / via.size for rank in headers]
             lr = sum(rank["lr"] for rank in headers) / via.size

@@ -18,8 +18,6 @@ class Delay:
     def __init__(self, settings: SyncConfig) -> None:
         self._most = settings.max_delay_steps
         self._needed: list[float] = []
-        self.transfer_s = math.nan
-        """This rank's latest transfer."""
 
     def steps(self, asked: int | Literal["auto"], period: int) -> int:
         """Local steps, never more than a round's; `auto` waits for its first transfers, to measure them."""
@@ -29,11 +27,9 @@ class Delay:
     def forget(self) -> None:
         """What is sent has changed: measure again."""
         self._needed = []
-        self.transfer_s = math.nan
 
-    def saw(self, transfer_s: float, headers: Sequence[Mapping[str, float]]) -> None:
-        """Note this rank's transfer, and what all ranks told of the one before."""
-        self.transfer_s = transfer_s
+    def saw(self, headers: Sequence[Mapping[str, float]]) -> None:
+        """Note what all ranks told of their latest transfer."""
         slowest = max(header["transfer_s"] for header in headers)
         steps = sum(header["steps"] for header in headers)
         compute_s = sum(header["compute_s"] for header in headers)
@@ -42,8 +38,8 @@ class Delay:
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint."""
-        return {"needed": self._needed, "transfer_s": self.transfer_s}
+        return {"needed": self._needed}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint."""
-        self._needed, self.transfer_s = list(state["needed"]), state["transfer_s"]
+        self._needed = list(state["needed"])

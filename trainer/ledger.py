@@ -12,7 +12,9 @@ import torch
 from trainer.errors import MismatchError
 from trainer.plan import Observation
 
-Header = Mapping[str, float]
+Header = dict[str, float]
+AGREED = ("round", "step", "batch", "period", "lr_scale", "plan")
+"""What every rank must believe alike."""
 
 
 @dataclass
@@ -100,14 +102,14 @@ class Ledger:
         self._right_sum.fill_(state["right_sum"])
 
 
-def compare(headers: Sequence[Header], names: Sequence[str]) -> None:
+def compare(headers: Sequence[Header]) -> None:
     """Every rank must have come to the same point by the same Plan.
 
     Raises:
         MismatchError: names two ranks and what each believes.
     """
     for rank, header in enumerate(headers):
-        for name in names:
+        for name in AGREED:
             if header[name] != headers[0][name]:
                 sides = "; ".join(
                     f"rank {who} is at round {it['round']:.0f}, local step {it['step']:.0f}, "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import warnings
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
@@ -14,19 +13,18 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from trainer.averaging import AGREED, Averager, Header
+from trainer.averaging import Averager
 from trainer.clock import Clock
 from trainer.collectives import Collectives
 from trainer.config import SyncConfig
 from trainer.controller import Controller
 from trainer.data import ShardStream
 from trainer.early_end import EarlyEnd
-from trainer.gradients import GradientNotes
-from trainer.ledger import Ledger, compare
-from trainer.memory import memory_share
+from trainer.ledger import compare
 from trainer.parallel import GradientAverage
 from trainer.plan import Plan
 from trainer.policies import Policy
+from trainer.progress import Progress
 from trainer.rate import ScaledRate
 from trainer.replica import Replica, recalibrate
 from trainer.rounds import Round, Rounds
@@ -85,17 +83,12 @@ class LocalSGD:
         self.collectives = Collectives(self.world, self.clock, settings.bucket_bytes)
         self.replica = Replica(model, optimizer, self.collectives)
         self.controller = Controller(policy)
-        self.local_step = 0
-        self.rounds = 0
         self._averager = Averager(self.replica, settings, self.collectives, self.clock)
-        self._notes = GradientNotes(device, settings.observe_steps)
-        self._early = EarlyEnd(self.replica, self._notes, self.collectives)
         self._parallel = GradientAverage(model, settings.gradient_format)
-        self._ledger = Ledger(device)
         self._told = Rounds(self.controller)
-        self._timetable = Timetable(self._averager, settings, self._told, self._place)
-        self._stop_asked = False
-        self._round_steps = 0
+        self._progress = Progress(self.replica, self._told, self.collectives, self.clock, settings.observe_steps)
+        self._early = EarlyEnd(self.replica, self._progress.notes, self.collectives)
+        self._timetable = Timetable(self._averager, settings, self._told, self._progress)
         self._batch_samples: int | None = None
         self._rate = ScaledRate(optimizer, self._before_update)
 
@@ -140,24 +133,34 @@ class LocalSGD:
         return self._told.stopping
 
     @property
+    def local_step(self) -> int:
+        """Local steps so far."""
+        return self._progress.local_step
+
+    @property
+    def rounds(self) -> int:
+        """Rounds that have ended."""
+        return self._progress.rounds
+
+    @property
     def samples(self) -> int:
         """Samples trained so far, over all ranks."""
-        return self._told.samples(self._ledger.samples, self.world.size)
+        return self._progress.samples
 
     @property
     def lr_scale(self) -> float:
         """The factor that the next `optimizer.step()` puts on the learning rate."""
-        return self.controller.lr_scale(self.samples)
+        return self._progress.lr_scale
 
     def _before_update(self) -> float:
         """The optimizer has all its gradients, and asks by what to scale its rate."""
         self.clock.overlap_ends()
         if not self._parallel.on:
             gradients = [p.grad for p in self.replica.parameters]
-            self._notes.look(gradients, self.rounds, every=self.plan.early_end == "gradient_change")
+            self._progress.notes.look(gradients, self.rounds, every=self.plan.early_end == "gradient_change")
         elif self.plan.sync_period_steps == 1:
             scaled = self.scaler is not None and self.scaler.is_enabled()
-            self._notes.sum_up(self.scaler.get_scale() if scaled and self.scaler else 1.0)
+            self._progress.notes.sum_up(self.scaler.get_scale() if scaled and self.scaler else 1.0)
         return self.lr_scale
 
     def batches(self, dataset: Any, samples: int | None = None, *, seed: int = 0) -> Iterator[tuple[Any, Any]]:
@@ -226,17 +229,14 @@ class LocalSGD:
         if count is None:
             raise ValueError("samples = None: pass sync.step(loss, samples=...) for batches of a loader of your own")
         self._batch_samples = None
-        self.local_step += 1
-        self._round_steps += 1
-        self._ledger.count(loss, count, skipped=skipped, right=right)
-        self._notes.end_step()
+        self._progress.count(loss, count, skipped=skipped, right=right)
         self._timetable.are_one &= self.plan.sync_period_steps == 1
         if self.plan.sync_period_steps <= 1:
             return self._end_lone_step()
-        self._timetable.land(self.local_step)
-        if self._round_steps >= self.plan.sync_period_steps:
+        self._timetable.land()
+        if self._progress.round_steps >= self.plan.sync_period_steps:
             return self._end_round()
-        self._timetable.within_round(self.plan, self._round_steps, self.local_step, self._ledger.samples)
+        self._timetable.within_round(self.plan)
         if self.plan.early_end != "never" and self._early.reached(self.plan):
             return self._end_round()
         return []
@@ -244,25 +244,25 @@ class LocalSGD:
     @property
     def between_rounds(self) -> bool:
         """Whether a round has just ended."""
-        return self._round_steps == 0
+        return self._progress.round_steps == 0
 
     def finish(self) -> list[Round]:
         """End the open round early, take what is under way, and make the replicas one model."""
         ended = self.settle()
-        self._timetable.make_one(self.local_step)
+        self._timetable.make_one()
         return ended
 
     def settle(self) -> list[Round]:
         """The same, as an evaluation needs it: where the Plan never averages, the replicas stay apart."""
         if self.plan.sync_period_steps <= 1:
-            return self._observe() if self._ledger.steps else []
-        ended = self._end_round() if self._round_steps else []
-        self._timetable.make_one(self.local_step)
+            return self._observe() if self._progress.ledger.steps else []
+        ended = [] if self.between_rounds else self._end_round()
+        self._timetable.make_one()
         return ended + self._hear()
 
     def ask_to_stop(self) -> None:
         """Make all ranks stop at the next observation: `batches` ends on each, and `stopping` is true."""
-        self._stop_asked = True
+        self._progress.stop_asked = True
 
     @contextmanager
     def consensus(self, calibration: Iterable[torch.Tensor] = ()) -> Iterator[nn.Module]:
@@ -277,7 +277,7 @@ class LocalSGD:
         self.settle()
         apart = [] if self._timetable.are_one else self.replica.flat_parameters.adopt()
         replica = [flat.clone() for flat in apart]
-        self._timetable.make_one(self.local_step)
+        self._timetable.make_one()
         model = self.replica.model
         keep = self.replica.flat_buffers.adopt() if self.settings.batch_norm == "keep" else []
         own = [buffer.clone() for buffer in keep]
@@ -302,43 +302,32 @@ class LocalSGD:
 
     def _end_lone_step(self) -> list[Round]:
         """A round of one step, which averages gradients or nothing."""
-        self.rounds += 1
-        self._round_steps = 0
-        return self._observe() if self._ledger.steps >= self.settings.observe_steps else []
+        self._progress.end_round()
+        return self._observe() if self._progress.ledger.steps >= self.settings.observe_steps else []
 
     def _end_round(self) -> list[Round]:
-        self.rounds += 1
-        self._round_steps = 0
-        fragments = self._timetable.last_of_round(self.plan, self.local_step)
-        header = self._header()
-        self._told.send(header)
-        self._begin_observation()
+        self._progress.end_round()
+        fragments = self._timetable.last_of_round(self.plan)
+        report = self._progress.report()
         ran = self.plan
         heard = self._told.decide()  # of earlier rounds: the Plan may change now
-        self._timetable.send(fragments, header, self.plan, self.local_step, ends_round=True)
+        self._timetable.send(fragments, report, self.plan, ends_round=True)
         heard += self._told.decide()
         self._enter_plan(ran)
         return heard
 
     def _observe(self) -> list[Round]:
         """At period 1 or 0: compare and decide."""
-        header = self._header()
-        self._told.send(header)
-        headers = self.collectives.gather(header)
-        compare(headers, AGREED)
+        headers = self.collectives.gather(self._progress.report())
+        compare(headers)
         if self.plan.sync_period_steps == 1 and len({header["samples"] for header in headers}) > 1:
             warnings.warn(
                 "ranks trained different numbers of samples at period 1, where gradients are averaged with equal "
                 "weights: give every rank batches of one size, or drop the last",
                 stacklevel=4,
             )
-        self._begin_observation()
         self._told.tell(headers)
         return self._hear()
-
-    def _begin_observation(self) -> None:
-        self._ledger.begin(self.clock.read(), self.collectives.sent_bytes)
-        self._notes.begin()
 
     def _hear(self) -> list[Round]:
         """Let the controller hear what was told, and enter the Plan that it answers with."""
@@ -347,38 +336,13 @@ class LocalSGD:
         self._enter_plan(ran)
         return heard
 
-    def _place(self) -> Header:
-        """What ranks compare and weigh an average by."""
-        return {
-            "round": self.rounds,
-            "step": self.local_step,
-            "batch": self.plan.batch_per_rank,
-            "period": self.plan.sync_period_steps,
-            "lr_scale": self.plan.lr_scale,
-            "plan": zlib.crc32(repr(self.plan).encode()),
-            "lr": self.optimizer.param_groups[0]["lr"] * self.lr_scale,
-            "transfer_s": self._timetable.transfer_s,
-            **self._ledger.place(self.clock.read()),
-        }
-
-    def _header(self) -> Header:
-        """That, and what makes up an observation."""
-        return self._place() | {
-            "stop": self._stop_asked,
-            "no_gradient": self.replica.without_gradient(),
-            "layout": self.replica.layout_digest(),
-            "memory": memory_share(self.world.device, self.world.local_size),
-            **self._ledger.header(self.collectives.sent_bytes),
-            **self._notes.header(),
-        }
-
     def _enter_plan(self, before: Plan) -> None:
         """Make the ranks ready for the current Plan: period 1 needs one model, one optimizer state and one loss scale
         on all of them, and another way of averaging begins from one model."""
         kind, kind_before = min(self.plan.sync_period_steps, 2), min(before.sync_period_steps, 2)
         settings = self.settings.under(self.plan)
         if kind != kind_before or settings != self._averager.settings:
-            self._timetable.make_one(self.local_step)
+            self._timetable.make_one()
         if settings != self._averager.settings:
             self._timetable.use(settings)
         if kind_before == 1 != kind:
@@ -400,7 +364,7 @@ class LocalSGD:
         """Put DDP round the model while gradients are averaged, over all ranks or a node's, and only then."""
         find_unused = self.settings.find_unused_parameters or self._told.no_gradient
         if self.plan.sync_period_steps == 1:
-            self._parallel.put_on(self.collectives, self._notes, find_unused=find_unused)
+            self._parallel.put_on(self.collectives, self._progress.notes, find_unused=find_unused)
         else:
             nodes = self.collectives.within if self.settings.node_period_steps == 1 else None
             self._parallel.put_on(nodes, find_unused=find_unused)
@@ -410,12 +374,8 @@ class LocalSGD:
     def state_dict(self) -> dict[str, Any]:
         """The place within round and phase, for a checkpoint; model and optimizer are saved by their owners."""
         return {
-            "local_step": self.local_step,
-            "rounds": self.rounds,
-            "round_steps": self._round_steps,
-            "ledger": self._ledger.state_dict(),
+            "progress": self._progress.state_dict(),
             "told": self._told.state_dict(),
-            "notes": self._notes.state_dict(),
             "early": self._early.state_dict(),
             "averager": self._averager.state_dict(),
             "gradients": self._parallel.state_dict(),
@@ -426,14 +386,11 @@ class LocalSGD:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint: called inside the `with` block, once model and optimizer are loaded."""
-        self.local_step, self.rounds = state["local_step"], state["rounds"]
-        self._round_steps = state["round_steps"]
-        self._ledger.load_state_dict(state["ledger"])
+        self._progress.load_state_dict(state["progress"])
         self._told.load_state_dict(state["told"])
         self._averager.use(self.settings.under(self.plan))
         self._averager.load_state_dict(state["averager"])
         self._parallel.load_state_dict(state["gradients"])
-        self._notes.load_state_dict(state["notes"])
         self._early.load_state_dict(state["early"])
         self._timetable.load_state_dict(state["timetable"])
         self.collectives.sent_bytes = state["sent_bytes"]

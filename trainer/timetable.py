@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from trainer.averaging import Averager, Header, Transfer
+from trainer.averaging import Averager, Transfer
 from trainer.config import SyncConfig
 from trainer.delay import Delay
+from trainer.ledger import Header
 from trainer.plan import Plan
+from trainer.progress import Progress
 from trainer.rounds import Rounds
 
 
@@ -19,75 +22,67 @@ class Timetable:
         averager: what sends and lands.
         settings: how many fragments, how late, and how often inside a node.
         told: who hears what a round's average brought.
-        place: this rank's numbers for the others within a round, as they are when it is called.
+        progress: where this rank is.
     """
 
-    def __init__(self, averager: Averager, settings: SyncConfig, told: Rounds, place: Callable[[], Header]) -> None:
-        self._averager, self._settings, self._told, self._place = averager, settings, told, place
+    def __init__(self, averager: Averager, settings: SyncConfig, told: Rounds, progress: Progress) -> None:
+        self._averager, self._settings, self._told, self._progress = averager, settings, told, progress
         self._delay = Delay(settings)
         self.are_one = True
         """The replicas are equal on all ranks."""
-
-    @property
-    def transfer_s(self) -> float:
-        """Seconds that this rank's latest transfer took; NaN before the first."""
-        return self._delay.transfer_s
 
     def use(self, settings: SyncConfig) -> None:
         """Average as these settings say from now on: every rank calls it, with replicas that are one."""
         self._averager.use(settings)
         self._delay.forget()
+        self._progress.transfer_s = math.nan
 
-    def within_round(self, plan: Plan, round_steps: int, now: int, samples: float) -> None:
-        """What is due after a local step that does not end a round: the node's average, a fragment's turn.
-
-        Args:
-            plan: the round's, with a period above 1.
-            round_steps: local steps of the round so far.
-            now: the local step.
-            samples: trained by this rank since the replicas were last averaged.
-        """
-        fragments = self._averager.everything
-        if self._settings.node_period_steps and round_steps % self._settings.node_period_steps == 0:
-            self._averager.average_within(fragments, samples)
+    def within_round(self, plan: Plan) -> None:
+        """What is due after a local step that does not end a round: the node's average, a fragment's turn."""
+        fragments, steps = self._averager.everything, self._progress.round_steps
+        if self._settings.node_period_steps and steps % self._settings.node_period_steps == 0:
+            self._averager.average_within(fragments, self._progress.ledger.samples)
         for fragment in fragments[:-1]:
-            if round_steps == self._turn(fragment, plan):
-                self._take_of([fragment], now)
-                self.send([fragment], self._place(), plan, now)
+            if steps == self._turn(fragment, plan):
+                self._take_of([fragment])
+                self.send([fragment], self._progress.place(), plan)
 
-    def last_of_round(self, plan: Plan, now: int) -> list[int]:
+    def last_of_round(self, plan: Plan) -> list[int]:
         """The fragments to be sent at a round's end; what is still under way of them is taken."""
         due = [each for each in self._averager.everything if self._turn(each, plan) >= plan.sync_period_steps]
-        self._take_of(due, now)
+        self._take_of(due)
         return due
 
-    def send(self, fragments: Sequence[int], header: Header, plan: Plan, now: int, *, ends_round: bool = False) -> None:
+    def send(self, fragments: Sequence[int], header: Header, plan: Plan, *, ends_round: bool = False) -> None:
         """Send these fragments' average, to be taken as many steps later as the settings say, within `plan`'s round."""
         delay_steps = self._delay.steps(self._averager.settings.delay_steps, plan.sync_period_steps)
-        self._averager.send(fragments, header, now, delay_steps, ends_round=ends_round)
-        self.land(now)
+        self._averager.send(fragments, header, self._progress.local_step, delay_steps, ends_round=ends_round)
+        self.land()
 
-    def land(self, now: int) -> None:
-        """Take every average that is due at this local step."""
-        self._take((flying for flying in self._averager.flying if flying.land_at <= now), now)
+    def land(self) -> None:
+        """Take every average that is due by now."""
+        self._take(flying for flying in self._averager.flying if flying.land_at <= self._progress.local_step)
 
-    def make_one(self, now: int) -> None:
+    def make_one(self) -> None:
         """Take what is under way, and where that leaves replicas apart average them once more."""
-        self._take(self._averager.flying, now)
+        self._take(self._averager.flying)
         if not self.are_one:
-            self._averager.send(self._averager.everything, self._place(), now, plainly=True)
+            now = self._progress.local_step
+            self._averager.send(self._averager.everything, self._progress.place(), now, plainly=True)
             self._averager.land(self._averager.flying[-1], now, wholly=True)
             self.are_one = True
 
-    def _take_of(self, fragments: Iterable[int], now: int) -> None:
+    def _take_of(self, fragments: Iterable[int]) -> None:
         """Take what is under way of these fragments."""
-        self._take((flying for flying in self._averager.flying if {*flying.fragments} & {*fragments}), now)
+        self._take(flying for flying in self._averager.flying if {*flying.fragments} & {*fragments})
 
-    def _take(self, transfers: Iterable[Transfer], now: int) -> None:
+    def _take(self, transfers: Iterable[Transfer]) -> None:
         """Take these averages, and pass on what they tell."""
+        now = self._progress.local_step
         for transfer in [*transfers]:
             arrived = self._averager.land(transfer, now)
-            self._delay.saw(arrived.transfer_s, arrived.headers)
+            self._progress.transfer_s = arrived.transfer_s
+            self._delay.saw(arrived.headers)
             whole = transfer.fragments == tuple(self._averager.everything) and self._settings.mixing == 1
             self.are_one |= whole and transfer.sent_at == now
             if transfer.ends_round:
