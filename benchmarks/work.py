@@ -16,7 +16,7 @@ from trainer.step import LocalStep
 from trainer.tasks import build_model, loss_function
 from trainer.world import World
 
-BATCH, PERIOD, SAMPLES = 32, 16, 118_784
+BATCH, PERIOD, SAMPLES, LR = 32, 16, 118_784, 0.05
 
 
 @dataclass
@@ -31,9 +31,9 @@ class Work:
     stream: ShardStream
 
     @classmethod
-    def of(cls, world: World, seed: int) -> Work:
+    def of(cls, world: World, seed: int, lr: float = LR) -> Work:
         """The same initial model on every rank, and this rank's shard."""
-        config = Config(run=RunConfig(seed=seed, samples=SAMPLES), optim=OptimConfig())
+        config = Config(run=RunConfig(seed=seed, samples=SAMPLES), optim=OptimConfig(lr=lr))
         part = open_part(config.data, train=True, seed=seed)
         shard = part.subset(shard_of("iid", len(part), world.size, world.rank, seed))
         torch.manual_seed(seed)

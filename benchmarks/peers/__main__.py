@@ -1,13 +1,14 @@
 """Ebbtide and its peers on the very same work, over links of a given rate.
 
-    python -m benchmarks.peers [--rate 100mbit] [--hosts 2] [--seeds 3] [--methods ebbtide accelerate ...] [--quick]
+    python -m benchmarks.peers [--rate 100mbit] [--hosts 2] [--seeds 3] [--methods ebbtide accelerate ...] [--lr 0.05]
+                              [--quick]
 
 The work: the FedAvg CNN on Fashion-MNIST, batch 32 a rank, period 16, SGD 0.05 with Nesterov momentum 0.9, cosine,
 118,784 samples over all ranks (1,856 local steps of two ranks: a whole number of rounds). Every method gets the same
 initial model, the same batches in the same order and the same schedule, on one core a host; only what is sent, and
 when, is its own. Evaluation and start-up are off the clock. A finished run is kept in results/peers/ and skipped the
-next time. `ddp` takes a third of an hour at 100 Mbit/s: `--steps N` times N of its steps instead, and `--rate ""` has
-its accuracy. Needs root, iproute2 and the `bench` extra.
+next time. `--lr` is a trial of another rate than the 0.05 that all have. `ddp` takes a third of an hour at 100 Mbit/s:
+`--steps N` times N of its steps instead, and `--rate ""` has its accuracy. Needs root, iproute2 and the `bench` extra.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import torch.distributed as dist
 from benchmarks.peers.methods import METHODS
 from benchmarks.provenance import provenance
 from benchmarks.shaped import hosts, interface_bytes, write_table
-from benchmarks.work import BATCH, PERIOD, SAMPLES, Work
+from benchmarks.work import BATCH, LR, PERIOD, SAMPLES, Work
 from trainer.collectives import Collectives
 from trainer.config import WorldConfig
 from trainer.world import open_world
@@ -38,11 +39,11 @@ DEFAULT = ["alone", "ebbtide", "ebbtide_int4_period_4"]
 DEFAULT += ["post_local_sgd", "accelerate", "torchft_local_sgd", "torchft_diloco"]
 
 
-def worker(name: str, seed: int, steps: int | None, out: Path) -> None:
+def worker(name: str, seed: int, lr: float, steps: int | None, out: Path) -> None:
     """One rank of one run; rank 0 writes what the slowest rank took, and the accuracy of the final model."""
     torch.set_num_threads(1)
     with open_world(WorldConfig(backend="gloo")) as world:
-        work = Work.of(world, seed)
+        work = Work.of(world, seed, lr)
         done = min(steps or work.steps, work.steps)
         with METHODS[name](work.model, work.optimizer, world, BATCH, PERIOD) as method:
             dist.barrier()
@@ -58,6 +59,7 @@ def worker(name: str, seed: int, steps: int | None, out: Path) -> None:
         result = {
             "method": name,
             "seed": seed,
+            "lr": lr,
             "hosts": world.size,
             "local_steps": done,
             "samples": done * BATCH * world.size,
@@ -87,18 +89,19 @@ def rows(found: list[dict[str, Any]]) -> list[list[str]]:
     machine is not every day as fast."""
     by_method: dict[str, list[dict[str, Any]]] = {}
     for run in found:
-        by_method.setdefault(run["method"], []).append(run)
+        other = "" if run.get("lr", LR) == LR else f", rate {run['lr']:g}"
+        by_method.setdefault(f"`{run['method']}`{other}", []).append(run)
     lines = []
     for name, runs in sorted(by_method.items(), key=lambda item: step_s(item[1])):
         days = {run["provenance"]["when"] for run in runs}
-        base = [run for run in by_method.get("alone", []) if run["provenance"]["when"] in days]
+        base = [run for run in by_method.get("`alone`", []) if run["provenance"]["when"] in days]
         whole = [run for run in runs if run["samples"] == SAMPLES]
         accuracy = [run["test_accuracy"] for run in whole if run["one_model"]]
         spread = f" ± {statistics.stdev(accuracy):.4f}" if len(accuracy) > 1 else ""
         seconds = [run["elapsed_s"] for run in whole]
         lines.append(
             [
-                f"`{name}`",
+                name,
                 f"{statistics.median(seconds):.1f}" if seconds else f"not run whole: {runs[0]['local_steps']} steps",
                 f"{min(seconds):.1f} to {max(seconds):.1f}" if seconds else "",
                 f"{1000 * step_s(runs):.1f}",
@@ -124,21 +127,23 @@ def main() -> None:
     parser.add_argument("--hosts", type=int, default=2)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--methods", nargs="+", default=DEFAULT, choices=list(METHODS))
+    parser.add_argument("--lr", type=float, default=LR, help="peak learning rate of these runs")
     parser.add_argument("--steps", type=int, help="stop after so many local steps; accuracy then means little")
     parser.add_argument("--quick", action="store_true", help="64 steps and one seed of every method; keeps nothing")
     parser.add_argument("--worker", nargs=3, metavar=("METHOD", "SEED", "OUT"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        worker(args.worker[0], int(args.worker[1]), args.steps, Path(args.worker[2]))
+        worker(args.worker[0], int(args.worker[1]), args.lr, args.steps, Path(args.worker[2]))
         return
     place = f"{args.rate or 'loopback'}-{args.hosts}"
     folder = Path(tempfile.mkdtemp()) if args.quick else RESULTS / place
     folder.mkdir(parents=True, exist_ok=True)
     steps = 64 if args.quick else args.steps
-    limit = ["--steps", str(steps)] if steps else []
+    limit = ["--lr", str(args.lr), *(["--steps", str(steps)] if steps else [])]
+    trial = "" if args.lr == LR else f"-{args.lr:g}"
     for seed in range(1 if args.quick else args.seeds):
         for name in args.methods:
-            out = folder / f"{name}-{seed}.json"
+            out = folder / f"{name}-{seed}{trial}.json"
             if not out.exists():
                 with hosts(args.hosts, args.rate) as shaped:
                     shaped.run(

@@ -151,7 +151,14 @@ METHODS: dict[str, Any] = {
     "torchft_local_sgd": torchft_local_sgd,
     "torchft_diloco": torchft_diloco,
     "ebbtide": ours(wire_format="int8", delay_steps="auto", fragments=2),
+    "ebbtide_outer_4": ours(wire_format="int8", delay_steps="auto", fragments=2, outer="fedavgm", outer_momentum=0.4),
     "ebbtide_int4": ours(wire_format="int4", delay_steps="auto", fragments=2),
+    **{
+        f"ebbtide_int4_outer_{momentum}": ours(
+            wire_format="int4", delay_steps="auto", fragments=2, outer="fedavgm", outer_momentum=momentum / 10
+        )
+        for momentum in (2, 4, 6)
+    },
     "ebbtide_int4_quarters": ours(wire_format="int4", delay_steps="auto", fragments=4),
     "ebbtide_whole": ours(wire_format="int8", delay_steps="auto"),
     "ebbtide_whole_int4": ours(wire_format="int4", delay_steps="auto"),
