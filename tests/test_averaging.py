@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from trainer import Alternating, Constant, LocalSGD, Plan, SyncConfig
+from trainer.outer import Outer
 from trainer.world import World
 
 FEATURES, CLASSES, LR = 6, 3, 0.1
@@ -245,6 +246,14 @@ def test_outer_rules_by_hand(outer: Any, delay: int) -> None:
             base = base - lr * momentum / (second.sqrt() + 1e-3)
         replicas = [(now + base - then).float() for now, then in zip(replicas, snapshots, strict=True)]
         torch.testing.assert_close(weights[4 * round_ + 3 + delay].double(), replicas[0].double(), rtol=1e-4, atol=1e-5)
+
+
+def test_slowmo_stands_still_where_a_schedule_ends_at_rate_0() -> None:
+    outer = Outer("slowmo", torch.zeros(4), None, None)
+    moved = outer.direct_(torch.full((4,), 0.2), slice(0, 4), 0.1)
+    torch.testing.assert_close(moved, torch.full((4,), 0.2))
+    still = outer.direct_(torch.zeros(4), slice(0, 4), 0.0)
+    torch.testing.assert_close(still, torch.zeros(4), rtol=0, atol=1e-6)
 
 
 # ---- fragments, mixing, divergence

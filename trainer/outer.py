@@ -1,60 +1,64 @@
 """Outer optimizers: what is done with the averaged displacement of a round.
 
-`base` is the model that the round began from, the same on every rank, and Δ = base − mean(replicas) the averaged
-displacement, which serves as a gradient. With learning rate 1 and momentum 0 every SGD below is plain averaging.
+`base` is the model that the round began from, the same on every rank, and Δ = mean(replicas) − base the averaged
+displacement, which serves as a step downhill. With learning rate 1 and momentum 0 every rule but fedadam is plain
+averaging. They work on the pieces that an exchange brings, one after another, since an optimizer of torch.optim reads
+the whole model anew for each of its operations, in memory that training beside it wants.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.optim import SGD, Optimizer
+
+TAU, BETA2 = 1e-3, 0.99
+LEAST_LR = 1e-12  # a schedule may end at 0, where nothing has moved
+Moments = Mapping[str, torch.Tensor]
 
 
-class FedAdam(Optimizer):
-    """Adam on the server, without bias correction (Reddi et al. 2021, arXiv 2003.00295, algorithm 2).
+def heavy_ball(delta: torch.Tensor, moments: Moments, beta: float) -> None:
+    """u ← β u + Δ; the base moves along u."""
+    delta.copy_(moments["momentum"].mul_(beta).add_(delta))
 
-    m ← β₁ m + (1 − β₁) Δ;  v ← β₂ v + (1 − β₂) Δ²;  x ← x − η m / (√v + τ), with m₀ = 0 and v₀ = τ².
-    """
 
-    def __init__(self, params: Iterable[torch.Tensor], lr: float, beta1: float, beta2: float, tau: float) -> None:
-        super().__init__(params, {"lr": lr, "beta1": beta1, "beta2": beta2, "tau": tau})
+def nesterov(delta: torch.Tensor, moments: Moments, beta: float) -> None:
+    """u ← β u + Δ; the base moves along Δ + β u."""
+    delta.add_(moments["momentum"].mul_(beta).add_(delta), alpha=beta)
 
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # no closure is taken
-        """One round."""
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                state = self.state[parameter]
-                if not state:
-                    state["m"] = torch.zeros_like(parameter)
-                    state["v"] = torch.full_like(parameter, group["tau"] ** 2)
-                state["m"].lerp_(parameter.grad, 1 - group["beta1"])
-                state["v"].mul_(group["beta2"]).addcmul_(parameter.grad, parameter.grad, value=1 - group["beta2"])
-                parameter.addcdiv_(state["m"], state["v"].sqrt().add_(group["tau"]), value=-group["lr"])
+
+def adam(delta: torch.Tensor, moments: Moments, beta: float) -> None:
+    """m ← β₁ m + (1 − β₁) Δ; v ← β₂ v + (1 − β₂) Δ²; the base moves along m / (√v + τ), from m₀ = 0 and v₀ = τ²,
+    without bias correction."""
+    moments["momentum"].lerp_(delta, 1 - beta)
+    moments["square"].mul_(BETA2).addcmul_(delta, delta, value=1 - BETA2)
+    torch.sqrt(moments["square"], out=delta).add_(TAU)
+    torch.div(moments["momentum"], delta, out=delta)
 
 
 @dataclass(frozen=True)
 class Rule:
-    """An outer optimizer, its published defaults, and whether Δ counts in units of the local learning rate."""
+    """What becomes of Δ, in place; the published defaults; and whether Δ counts in units of the local learning rate."""
 
-    build: Callable[[list[torch.Tensor], float, float], Optimizer]
+    direct: Callable[[torch.Tensor, Moments, float], None]
     lr: float
     momentum: float
     in_local_lr: bool = False
+    begins: Mapping[str, float] = field(default_factory=lambda: {"momentum": 0.0})
+    """The moments, and from what they begin."""
 
 
 RULES = {
-    # Wang et al. 2020, arXiv 1910.00643: u ← β u + Δ/γ;  x ← base − α γ u
-    "slowmo": Rule(lambda p, lr, momentum: SGD(p, lr, momentum), 1.0, 0.5, in_local_lr=True),
-    # Douillard et al. 2023, arXiv 2311.08105: Nesterov
-    "diloco": Rule(lambda p, lr, momentum: SGD(p, lr, momentum, nesterov=momentum > 0), 0.7, 0.9),
-    # Hsu et al. 2019, arXiv 1909.06335: v ← β v + Δ;  x ← base − η v
-    "fedavgm": Rule(lambda p, lr, momentum: SGD(p, lr, momentum), 1.0, 0.9),
-    "fedadam": Rule(lambda p, lr, momentum: FedAdam(p, lr, momentum, 0.99, 1e-3), 0.01, 0.9),
+    # Wang et al. 2020, arXiv 1910.00643: u ← β u + Δ/γ;  x ← base + α γ u
+    "slowmo": Rule(heavy_ball, 1.0, 0.5, in_local_lr=True),
+    # Douillard et al. 2023, arXiv 2311.08105
+    "diloco": Rule(nesterov, 0.7, 0.9),
+    # Hsu et al. 2019, arXiv 1909.06335: x ← base + η u
+    "fedavgm": Rule(heavy_ball, 1.0, 0.9),
+    # Reddi et al. 2021, arXiv 2003.00295, algorithm 2
+    "fedadam": Rule(adam, 0.01, 0.9, begins={"momentum": 0.0, "square": TAU**2}),
 }
 
 
@@ -62,25 +66,23 @@ class Outer:
     """One flat base under one rule."""
 
     def __init__(self, name: str, base: torch.Tensor, lr: float | None, momentum: float | None) -> None:
-        rule = RULES[name]
-        self._in_local_lr = rule.in_local_lr
-        self._lr = rule.lr if lr is None else lr
-        self._parameter = torch.nn.Parameter(base)  # the very storage of `base`
-        self._optimizer = rule.build([self._parameter], self._lr, rule.momentum if momentum is None else momentum)
+        self._rule = RULES[name]
+        self._lr = self._rule.lr if lr is None else lr
+        self._beta = self._rule.momentum if momentum is None else momentum
+        self._moments = {moment: torch.full_like(base, value) for moment, value in self._rule.begins.items()}
 
-    @torch.no_grad()
-    def step(self, displacement: torch.Tensor, local_lr: float) -> None:
-        """Move the base; `displacement` is mean(replicas) − base and is consumed, `local_lr` is γ."""
-        unit = local_lr if self._in_local_lr else 1.0
-        self._parameter.grad = displacement.div_(-unit)
-        self._optimizer.param_groups[0]["lr"] = self._lr * unit
-        self._optimizer.step()
-        self._parameter.grad = None
+    def direct_(self, delta: torch.Tensor, place: slice, local_lr: float) -> torch.Tensor:
+        """Make a place's averaged displacement what the base is to move by there; `local_lr` is γ."""
+        unit = max(local_lr, LEAST_LR) if self._rule.in_local_lr else 1.0
+        moments = {name: moment[place] for name, moment in self._moments.items()}
+        self._rule.direct(delta.div_(unit), moments, self._beta)
+        return delta.mul_(self._lr * unit)
 
     def state_dict(self) -> dict[str, Any]:
-        """Momenta, for a checkpoint."""
-        return self._optimizer.state_dict()
+        """Moments, for a checkpoint."""
+        return self._moments
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         """Go on from a checkpoint."""
-        self._optimizer.load_state_dict(state)
+        for name, moment in self._moments.items():
+            moment.copy_(state[name])

@@ -133,14 +133,12 @@ class Part:
         correction = _present(self._correction) if delayed else None
         norm = torch.zeros((), dtype=torch.float64, device=self.values.device)
         agreed_norm = torch.zeros_like(norm)
-        displacement = torch.empty_like(outgoing) if outer is not None else None
         fresh = None if self._base is None else correction
         for place, mean in self._exchange.means(outgoing, weights, via, fresh):
             if measured:
                 norm += _squared(mean) if self._base is None else torch.dot(mean, mean)
-            if displacement is not None:
-                displacement[place] = mean
-                continue
+            if outer is not None:
+                outer.direct_(mean, place, local_lr)
             if self._base is not None:
                 self._base[place] += mean
             else:
@@ -149,15 +147,6 @@ class Part:
                 agreed_norm += torch.dot(self._base[place], self._base[place])
             if correction is not None:
                 torch.sub(mean, correction[place], out=correction[place])
-        if outer is not None and displacement is not None:
-            base = self._agreed
-            if correction is not None:
-                correction += base  # the snapshot again
-            outer.step(displacement, local_lr)
-            if correction is not None:
-                torch.sub(base, correction, out=correction)
-            if measured:
-                agreed_norm = _squared(base)
         if self._base is not None and not self._exchange.lossy:
             self._outgoing = None
         self.agreed_sq_norm = (norm if self._base is None else agreed_norm).item()
@@ -194,7 +183,7 @@ class Part:
         """Go on from a checkpoint."""
         device = self.values.device
         if self._base is not None:
-            self._base.copy_(state["base"])  # the outer optimizer holds this very storage
+            self._base.copy_(state["base"])
         self._outgoing = state["outgoing"].to(device) if "outgoing" in state else None
         self._correction = state["correction"].to(device) if "correction" in state else None
         self._owed_within = state["owed_within"].to(device) if "owed_within" in state else None
