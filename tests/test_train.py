@@ -293,7 +293,10 @@ def test_a_checkpoint_is_whole_or_absent(tmp_path: Path) -> None:
     (half / "__0_0.distcp").write_bytes(b"half")
     assert checkpoints.find("auto") == saved
     assert checkpoints.load(saved, model, optimizer)["number"] == 15
-    checkpoints.save(25, model, optimizer, {})
+    begun = tmp_path / "step-0000000025.partial" / "__1_0.distcp"  # what another rank has begun to write already
+    begun.parent.mkdir()
+    begun.write_bytes(b"rank 1")
+    assert (checkpoints.save(25, model, optimizer, {}) / begun.name).read_bytes() == b"rank 1"
     assert not half.exists()
 
 

@@ -50,7 +50,8 @@ class Checkpoints:
         partial = path.with_name(path.name + PARTIAL)
         if self.world.rank == 0:
             for left in self.folder.glob(f"*{PARTIAL}"):  # of a run that was killed while it wrote
-                shutil.rmtree(left, ignore_errors=True)
+                if left.name < partial.name:  # another rank may have begun this one
+                    shutil.rmtree(left, ignore_errors=True)
         mine: dict[str, Any] = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
         state = optimizer.state_dict()
         for index, values in state["state"].items():
