@@ -1,20 +1,19 @@
 """Scaling speedup against test accuracy: recipes side by side over several seeds, resumable run by run.
 
-    python -m benchmarks.frontier [--seeds 3] [--ranks 2] [--recipes alternating local_sgd ...] [--quick]
+    python -m benchmarks.frontier [--rate 1gbit] [--hosts 2] [--seeds 3] [--recipes alternating autopilot ...] [--quick]
 
-Each run is `torchrun -m trainer --recipe ...` as a user starts it. Seeds are the outer loop, so that the recipes are
-interleaved on a machine whose speed drifts. A finished run is kept in results/frontier/ and skipped the next time; the
-table and the plot are made of what is there.
+Each run is `python -m trainer --recipe ...` on hosts of their own (network namespaces, one core each), as a user starts
+it. Seeds are the outer loop, so that the recipes are interleaved on a machine whose speed drifts. Speedup is a run's
+samples/s over those of one host alone at the small batch, the median of what the runs of its seed timed at their
+starts. A finished run is kept in results/frontier/ and skipped the next time; the table and the plot are made of what
+is there. Needs root and iproute2.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,11 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from benchmarks.provenance import provenance
+from benchmarks.shaped import Hosts, hosts
+from trainer.recipes import load
 
-RECIPES = ("local_sgd", "alternating", "large_batch", "synchronous")
+RECIPES = ("synchronous", "large_batch", "local_sgd", "alternating", "autopilot")
+SMALL_BATCH = 32
 RESULTS = Path("benchmarks/results/frontier")
 COLUMNS = {
     "test_accuracy": "test accuracy",
@@ -35,20 +37,30 @@ COLUMNS = {
 }
 
 
-def measure(recipe: str, seed: int, ranks: int, flags: list[str], out: Path) -> None:
+def measure(shaped: Hosts, recipe: str, seed: int, flags: list[str], out: Path) -> None:
     """One run in a folder of its own; its summary and evaluations are kept."""
-    threads = max(1, (os.cpu_count() or 1) // ranks)
     with tempfile.TemporaryDirectory() as root:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        command += ["-m", "trainer", "--recipe", f"launch/recipes/{recipe}.toml", "--run.seed", str(seed)]
-        command += ["--run.root", root, "--run.name", recipe, "--eval.every-samples", "40000", *flags]
-        subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": str(threads)})
+        place = ["--run.seed", str(seed), "--run.root", root, "--run.name", recipe, "--eval.every-samples", "40000"]
+        place += ["--world.backend", "gloo", "--record.no-tensorboard", "--record.no-progress", *flags]
+        shaped.run("trainer", "--recipe", f"launch/recipes/{recipe}.toml", *place, timeout_s=3_600)
         folder = Path(root) / recipe
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         summary = json.loads((folder / "summary.json").read_text())
         evals = [line for line in lines if line["kind"] == "eval"]
+        config = load(folder / "config.toml")
+        reference = {"seed": seed, "reference_batch": config.policy.base_plan().batch_per_rank}
         kept = {"provenance": provenance(), "config": (folder / "config.toml").read_text()}
-    out.write_text(json.dumps(kept | {"summary": summary, "evals": evals}, indent=1) + "\n")
+    out.write_text(json.dumps(kept | reference | {"summary": summary, "evals": evals}, indent=1) + "\n")
+
+
+def with_speedups(runs: dict[str, list[dict[str, Any]]]) -> None:
+    """Set every run's scaling speedup by one host alone at the small batch, as all runs of its seed timed it."""
+    alone: dict[int, list[float]] = {}
+    for run in (run for found in runs.values() for run in found):
+        if run["reference_batch"] == SMALL_BATCH:
+            alone.setdefault(run["seed"], []).append(run["summary"]["reference_samples_per_s"])
+    for run in (run for found in runs.values() for run in found):
+        run["summary"]["scaling_speedup"] = run["summary"]["samples_per_s"] / statistics.median(alone[run["seed"]])
 
 
 def table(runs: dict[str, list[dict[str, Any]]]) -> str:
@@ -90,28 +102,35 @@ def plot(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
 def main() -> None:
     """Run what is missing, then write the table and the plot."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.frontier", description=__doc__)
+    parser.add_argument("--rate", default="1gbit", help='of every link; "" is as fast as it goes')
+    parser.add_argument("--hosts", type=int, default=2)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES))
     parser.add_argument("--quick", action="store_true", help="one seed of a tenth of the samples; keeps nothing")
     args = parser.parse_args()
-    folder = Path(tempfile.mkdtemp()) if args.quick else RESULTS
+    place = f"{args.rate or 'loopback'}-{args.hosts}"
+    folder = Path(tempfile.mkdtemp()) if args.quick else RESULTS / place
     folder.mkdir(parents=True, exist_ok=True)
-    flags = ["--run.samples", "16000", "--policy.samples-per-phase", "4000"] if args.quick else []
+    short = ["--run.samples", "16000"] if args.quick else []
+    phases = ["--policy.samples-per-phase", "4000"] if args.quick else []
     for seed in range(1 if args.quick else args.seeds):
         for recipe in args.recipes:
-            out = folder / f"{recipe}-{args.ranks}-{seed}.json"
+            out = folder / f"{recipe}-{seed}.json"
             if not out.exists():
-                measure(recipe, seed, args.ranks, flags if recipe == "alternating" else flags[:2], out)
+                with hosts(args.hosts, args.rate) as shaped:
+                    measure(shaped, recipe, seed, short + (phases if recipe == "alternating" else []), out)
+                summary = json.loads(out.read_text())["summary"]
+                print(recipe, seed, summary["test_accuracy"], summary["elapsed_s"], flush=True)
     found = {
-        recipe: [json.loads(path.read_text()) for path in sorted(folder.glob(f"{recipe}-{args.ranks}-*.json"))]
+        recipe: [json.loads(path.read_text()) for path in sorted(folder.glob(f"{recipe}-*.json"))]
         for recipe in args.recipes
     }
     found = {recipe: runs for recipe, runs in found.items() if runs}
+    with_speedups(found)
     print(table(found))
     if not args.quick:
-        (RESULTS.parent / "frontier.md").write_text(table(found))
-        plot(found, RESULTS.parent / "frontier.png")
+        (RESULTS.parent / f"frontier-{place}.md").write_text(table(found))
+        plot(found, RESULTS.parent / f"frontier-{place}.png")
 
 
 if __name__ == "__main__":
