@@ -5,7 +5,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RANKS ?= 2
 RECIPE ?= launch/recipes/alternating.toml
-RUNS ?= runs/alternating
+BACKEND ?= gloo
+RUNS ?= runs/$(basename $(notdir $(RECIPE)))
 # the cores shared out to the ranks, so that their threads do not fight
 export OMP_NUM_THREADS ?= $(shell n=$$(( $$(nproc) / $(RANKS) )); echo $$(( n > 1 ? n : 1 )))
 
@@ -24,7 +25,8 @@ data/FashionMNIST/.ready: | $(VENV)/.ready
 	touch $@
 
 train: setup data
-	$(BIN)/torchrun --standalone --nproc-per-node=$(RANKS) -m trainer --recipe $(RECIPE) $(FLAGS)
+	$(BIN)/torchrun --standalone --nproc-per-node=$(RANKS) -m trainer --recipe $(RECIPE) \
+		--world.backend $(BACKEND) $(FLAGS)
 	$(BIN)/python -m trainer.report $(RUNS)
 
 test: setup data

@@ -59,7 +59,7 @@ def with_speedups(runs: dict[str, list[dict[str, Any]]]) -> None:
     for run in (run for found in runs.values() for run in found):
         if run["reference_batch"] == SMALL_BATCH:
             alone.setdefault(run["seed"], []).append(run["summary"]["reference_samples_per_s"])
-    for run in (run for found in runs.values() for run in found):
+    for run in (run for found in runs.values() for run in found if run["seed"] in alone):
         run["summary"]["scaling_speedup"] = run["summary"]["samples_per_s"] / statistics.median(alone[run["seed"]])
 
 

@@ -3,9 +3,9 @@
     python -m benchmarks.loop_overhead [--only speed] [--quick] [--out benchmarks/results/loop_overhead.json]
 
 Both train the FedAvg CNN with the same optimizer on the same pictures. Speed: interleaved repeats in one process, at
-period 1, by batch. Memory: a fresh process each, the peak beyond what importing and loading the data took, in a local
-phase of two ranks against one bare process, for that CNN (6.7 MB of parameters) and one with eight times the hidden
-units (52 MB).
+period 1, by batch. Memory: a fresh process each, the peak in a local phase of two ranks against one bare process, and
+against the same two ranks where nothing is averaged, which alone tells what averaging takes; for that CNN (6.7 MB of
+parameters) and one with eight times the hidden units (52 MB).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import os
 import socket
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +70,10 @@ def ours(
     period: int = 1,
     settings: SyncConfig = SyncConfig(),  # noqa: B008  # frozen
     hidden: int = 512,
+    at_end: Callable[[], object] = lambda: None,
 ) -> float:
-    """Samples a second of the trainer's loop: stream, step, schedule, synchronizer, observations."""
+    """Samples a second of the trainer's loop: stream, step, schedule, synchronizer, observations. `at_end` is called
+    after the last local step, before what is still apart is averaged."""
     world = world or World()
     part = open_part(data, train=True, seed=0)
     stream = ShardStream(part.subset(shard_of("iid", len(part), world.size, world.rank, 0)), data, world, 0)
@@ -87,12 +90,15 @@ def ours(
             set_learning_rate(optimizer, learning_rate(OPTIM, sync.samples, total))
             loss, skipped, _ = step_of(sync, inputs, labels)
             sync.step(loss, skipped=skipped)
+        at_end()
     return steps * batch / (time.perf_counter() - began)
 
 
 WARM_UP = 5
 BATCHES, HIDDEN = (32, 256), (512, 4_096)
+NO_AVERAGING = "no averaging"
 MODES: dict[str, dict[str, Any]] = {
+    NO_AVERAGING: {"period": 2**31},
     "blocking": {},
     "delayed float32": {"delay_steps": 8},
     "delayed int8": {"delay_steps": 8, "wire_format": "int8"},
@@ -121,12 +127,18 @@ def _peak(send: Any, place: dict[str, str], data: DataConfig, batch: int, hidden
     os.environ.update(place)
     torch.set_num_threads(1)
     keep_freed_memory()
+
+    def tell() -> None:
+        send.send(peak_memory_bytes(torch.device("cpu")))
+
     if place:
+        settings = dict(MODES[mode])
+        period = settings.pop("period", 16)
         with open_world(WorldConfig(backend="gloo")) as world:
-            ours(data, batch, 64, world, period=16, settings=SyncConfig(**MODES[mode]), hidden=hidden)
+            ours(data, batch, 64, world, period, SyncConfig(**settings), hidden, tell)
     else:
         bare(data, batch, 64, shards=2, hidden=hidden)
-    send.send(peak_memory_bytes(torch.device("cpu")))
+        tell()
 
 
 def peaks(data: DataConfig, batch: int, hidden: int, ranks: int, mode: str = "blocking") -> list[int]:
@@ -155,17 +167,25 @@ def peaks(data: DataConfig, batch: int, hidden: int, ranks: int, mode: str = "bl
 
 
 def memory(data: DataConfig, batch: int, hidden: int, repeats: int) -> dict[str, Any]:
-    """A rank's peak in a local phase over the bare loop's, in units of the parameters' bytes."""
+    """A rank's peak in a local phase over the bare loop's and over no averaging, in units of the parameters' bytes."""
     model_bytes = parameter_count(FedAvgCNN(hidden=hidden)) * 4
-    plain = [peaks(data, batch, hidden, 0)[0] for _ in range(repeats)]
-    ranks = {mode: [max(peaks(data, batch, hidden, 2, mode)) for _ in range(repeats)] for mode in MODES}
-    above = {mode: statistics.median(found) - statistics.median(plain) for mode, found in ranks.items()}
+    plain: list[int] = []
+    ranks: dict[str, list[int]] = {mode: [] for mode in MODES}
+    for _ in range(repeats):
+        plain += peaks(data, batch, hidden, 0)
+        for mode, found in ranks.items():
+            found += peaks(data, batch, hidden, 2, mode)
+    middle = {mode: statistics.median(found) for mode, found in ranks.items()}
+    bases = {"bare_loop": statistics.median(plain), "no_averaging": middle[NO_AVERAGING]}
+    above = {
+        base: {mode: (peak - least) / model_bytes for mode, peak in middle.items()} for base, least in bases.items()
+    }
     return {
         "batch": batch,
         "parameter_bytes": model_bytes,
         "bare_peak_bytes": plain,
         "rank_peak_bytes": ranks,
-        "above_in_parameters": {mode: more / model_bytes for mode, more in above.items()},
+        "above_in_parameters": above,
     }
 
 
@@ -189,10 +209,13 @@ def memories(data: DataConfig, repeats: int) -> list[dict[str, Any]]:
     for hidden in HIDDEN:
         figures = memory(data, 32, hidden, repeats)
         found.append(figures)
-        for mode, above in figures["above_in_parameters"].items():
-            size = f"{figures['parameter_bytes'] / 1e6:.1f} MB"
+        above = figures["above_in_parameters"]
+        for mode in MODES:
             print(
-                f"peak of a rank, {size}, {mode}: {above:.2f} x the parameters' bytes above the bare loop's", flush=True
+                f"peak of a rank, {figures['parameter_bytes'] / 1e6:.1f} MB, {mode}: in parameters' bytes "
+                f"{above['bare_loop'][mode]:.2f} above the bare loop's, {above['no_averaging'][mode]:.2f} above that "
+                "without averaging",
+                flush=True,
             )
     return found
 

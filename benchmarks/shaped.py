@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from pathlib import Path
 
 SCRIPT = Path(__file__).parent.parent / "launch" / "lab" / "hosts.sh"
 PORT = 29500
+GRACE_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -46,14 +48,18 @@ class Hosts:
             command = [str(SCRIPT), "exec", str(rank + 1), *on_core, sys.executable, "-m", module, *arguments]
             said.append(tempfile.TemporaryFile("w+"))  # noqa: SIM115  # closed when this method ends
             ranks.append(subprocess.Popen(command, env=self.env | place, stderr=said[rank]))
+        deadline = time.monotonic() + timeout_s
         try:
-            codes = [rank.wait(timeout_s) for rank in ranks]
-        except subprocess.TimeoutExpired:
-            raise RuntimeError(f"{module} did not end in {timeout_s:.0f} s") from None
+            while None in (codes := [rank.poll() for rank in ranks]) and time.monotonic() < deadline:
+                if any(codes):  # the others hear of it, and may say why
+                    deadline = min(deadline, time.monotonic() + GRACE_S)
+                time.sleep(0.1)
         finally:
             for process in ranks:
                 process.kill()
                 process.wait()
+        if not any(codes) and None in codes:
+            raise RuntimeError(f"{module} did not end in {timeout_s:.0f} s")
         if any(codes):
             for file in said:
                 file.seek(0)

@@ -5,6 +5,7 @@
 #   slurm.sh env                  what to eval in a shell that shall use it
 #   slurm.sh stop                 end its jobs and daemons, and delete its folder
 # SLURM_LAB    its folder, which holds everything (default: ebbtide-slurm in the temporary directory); a cluster a folder
+# SLURM_LAB_GRACE_S  seconds that a preempted job has to end (default: 0)
 # LAB_OWNER    process id: once that process is gone, the cluster is stopped
 set -euo pipefail
 
@@ -110,6 +111,7 @@ start() {
   local nodes=${1:-2} cpus=${2:-1} node
   install_packages
   [ ! -e "$SLURM_CONF" ] || { echo "slurm.sh: $LAB holds a cluster already: stop it first" >&2; exit 1; }
+  [ -z "$(ls -A "$LAB" 2>/dev/null)" ] || { echo "slurm.sh: $LAB holds something else: set SLURM_LAB" >&2; exit 1; }
   trap '[ $? = 0 ] || stop' EXIT
   mkdir -p "$LAB"/{log,munge,pid,spool,state}
   chmod 755 "$LAB" "$LAB/munge" # munged refuses a socket that others cannot reach
@@ -164,6 +166,7 @@ end_processes() { # ID ...: first asked, after five seconds forced
 
 stop() {
   local ids
+  [ -d "$LAB/munge" ] || { echo "slurm.sh: $LAB holds no cluster" >&2; return 0; }
   if [ -e "$SLURM_CONF" ]; then
     # shellcheck disable=SC2046 # one word an id
     timeout 10 scancel --quiet $(timeout 5 squeue --noheader --format=%A 2>/dev/null) 2>/dev/null || true
@@ -180,5 +183,5 @@ case ${1:-} in
   start) shift; start "$@" ;;
   env) printf 'export SLURM_CONF=%q\n' "$SLURM_CONF" ;;
   stop) stop ;;
-  *) sed -n '2,8s/^# //p' "$0" >&2; exit 2 ;;
+  *) sed -n '2,9s/^# //p' "$0" >&2; exit 2 ;;
 esac
