@@ -6,6 +6,7 @@ import copy
 import itertools
 import math
 import os
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -51,14 +52,14 @@ def train(
     return weights, rounds
 
 
-def trained(sync: LocalSGD, rank: int, step: int) -> list[Any]:
+def trained(sync: LocalSGD, rank: int, step: int, samples: int = 8) -> list[Any]:
     """One local step of the loop; the rounds that it ended."""
     x, y = batch(rank, step)
     sync.optimizer.zero_grad()
     loss = F.mse_loss(sync.model(x), y)
     loss.backward()
     sync.optimizer.step()
-    return sync.step(loss, samples=8)
+    return sync.step(loss, samples=samples)
 
 
 def one_step(weight: Values, rank: int, step: int) -> Values:
@@ -467,7 +468,195 @@ def test_a_world_of_one_loses_nothing_whatever_the_settings(settings: dict[str, 
     assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
 
 
+@pytest.mark.parametrize("delay", [0, 2])
+def test_every_fragment_has_its_nodes_average_also_at_a_rounds_end(delay: int) -> None:
+    settings = SyncConfig(node_period_steps=2, ranks_per_node=2, fragments=2, delay_steps=delay)
+    results = run(4, train, settings, Constant(Plan(8, 8)), 16)
+    half = FEATURES * CLASSES // 2  # the first fragment, sent in the middle of a round
+    first, second = (weights for weights, _ in results[:2])
+    assert torch.equal(first[7].view(-1)[:half], second[7].view(-1)[:half])
+    assert not torch.equal(first[6].view(-1)[:half], second[6].view(-1)[:half])
+
+
+# ---- weights
+
+
+def uneven(world: World, settings: SyncConfig, period: int) -> tuple[Values, Values]:
+    """A replica that trained 8 samples a step on rank 0 and 24 on rank 1, before and after the last average."""
+    model = new_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    with LocalSGD(model, optimizer, Constant(Plan(8, period)), settings=settings, world=world) as sync:
+        for step in range(10):
+            x, y = batch(world.rank, step)
+            optimizer.zero_grad()
+            F.mse_loss(sync.model(x), y).backward()
+            optimizer.step()
+            sync.step(torch.tensor(0.0), samples=8 + 16 * world.rank)
+        own = model.weight.detach().clone()
+        sync.finish()
+        return own, model.weight.detach().clone()
+
+
+@pytest.mark.parametrize(("settings", "period"), [(SyncConfig(), 0), (SyncConfig(mixing=0.5), 10)])
+def test_the_last_average_is_weighted_by_samples_too(settings: SyncConfig, period: int) -> None:
+    (first, consensus), (second, other) = run(2, uneven, settings, period)
+    assert torch.equal(consensus, other)
+    assert not torch.equal(first, second)
+    torch.testing.assert_close(consensus, first / 4 + 3 * second / 4, rtol=1e-5, atol=1e-6)
+
+
+def ramped(world: World) -> list[float]:
+    """The rate's factor at every step, where ranks train unequal batches and a delay hides how many."""
+    model = new_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    small, large = Plan(8, 4), Plan(32, 1)
+    policy = Alternating(small=small, large=large, samples_per_phase=96, lr_scaling="linear", lr_ramp_samples=400)
+    factors = []
+    settings = SyncConfig(delay_steps=2, observe_steps=2)
+    with warnings.catch_warnings(), LocalSGD(model, optimizer, policy, settings=settings, world=world) as sync:
+        warnings.simplefilter("ignore")  # of unequal batches at period 1
+        for step in range(24):
+            trained(sync, world.rank, step, samples=8 + 16 * world.rank)
+            factors.append(sync.lr_scale)
+    return factors
+
+
+def test_a_rate_ramps_up_alike_on_ranks_with_unequal_batches() -> None:
+    first, second = run(2, ramped)
+    assert first == second
+    assert len(set(first)) > 2, "there is a ramp"
+
+
 # ---- faults
+
+
+def test_groups_beside_the_first_wait_as_long_as_it() -> None:
+    for found in run(2, time_outs):
+        assert found == [77.0] * 5
+
+
+def time_outs(world: World) -> list[float]:
+    model = new_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    settings = SyncConfig(delay_steps=2, node_period_steps=2, ranks_per_node=1)
+    mine = replace(world, timeout_s=77.0)
+    with LocalSGD(model, optimizer, Constant(Plan(8, 4)), settings=settings, world=mine) as sync:
+        beside = sync._averager._beside
+        levels = [sync.collectives.within, sync.collectives.between, beside.within, beside.between]
+        groups = [beside.group, *(level.group for level in levels if level is not None)]
+        cpu = torch.device("cpu")
+        return [group._get_backend(cpu).options._timeout.total_seconds() for group in groups if group is not None]
+
+
+def spoiled(world: World) -> tuple[bool, Values]:
+    """Whether a step of another rank's NaN was skipped, and the weights some steps after it, with PowerSGD."""
+    torch.manual_seed(7)
+    model = nn.Sequential(nn.Linear(FEATURES, 32), nn.Linear(32, CLASSES))
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    settings, seen = SyncConfig(gradient_format="powersgd"), []
+    with LocalSGD(model, optimizer, Constant(Plan(8, 1)), settings=settings, world=world) as sync:
+        for step in range(18):
+            x, y = batch(world.rank, step)
+            optimizer.zero_grad()
+            loss = F.mse_loss(sync.model(x), y) * (math.nan if (step, world.rank) == (13, 1) else 1.0)
+            finite = sync.all_finite(loss)
+            loss.backward()
+            seen.append(finite())
+            if seen[-1]:
+                optimizer.step()
+            sync.step(loss, samples=8, skipped=not seen[-1])
+    return seen == [step != 13 for step in range(18)], torch.cat(
+        [each.detach().flatten() for each in model.parameters()]
+    )
+
+
+def test_a_gradient_that_is_not_finite_leaves_nothing_in_the_compressor() -> None:
+    (skipped, first), (_, second) = run(2, spoiled)
+    assert skipped
+    assert torch.isfinite(first).all()
+    assert torch.equal(first, second)
+
+
+def stopped_and_resumed(world: World) -> tuple[int, bool, int]:
+    """Ask to stop, leave a checkpoint's state with a transfer under way, and go on from it."""
+    policy, settings = Constant(Plan(8, 4)), SyncConfig(delay_steps=4)
+    model = new_model()
+    with LocalSGD(model, torch.optim.SGD(model.parameters(), lr=LR), policy, settings=settings, world=world) as sync:
+        for step in range(100):
+            if step == 5 and world.rank == 1:
+                sync.ask_to_stop()
+            trained(sync, world.rank, step)
+            if sync.stopping:
+                break
+        state, weights = copy.deepcopy((sync.state_dict(), model.state_dict()))
+        assert state["averager"]["flying"], "a transfer is under way"
+        stopped = sync.local_step
+    model = new_model()
+    with LocalSGD(model, torch.optim.SGD(model.parameters(), lr=LR), policy, settings=settings, world=world) as sync:
+        model.load_state_dict(weights)
+        sync.load_state_dict(state)
+        for step in range(stopped, stopped + 12):
+            trained(sync, world.rank, step)
+        return stopped, sync.stopping, sync.local_step
+
+
+def test_a_run_that_was_stopped_does_not_stop_again_when_it_goes_on() -> None:
+    for stopped, again, reached in run(2, stopped_and_resumed):
+        assert not again
+        assert reached == stopped + 12
+
+
+class Branches(nn.Module):
+    """The first weight is used from the third step on only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(7)
+        self.late, self.early = (nn.Linear(FEATURES, CLASSES, bias=False) for _ in range(2))
+
+    def forward(self, x: Values, step: int) -> Values:
+        found: Values = self.early(x)
+        return found + self.late(x) if step > 4 else found
+
+
+def branched(world: World, cut_at: int) -> list[Values]:
+    """Weights and momenta at the end; with a cut, of a fresh replica that goes on from its state there."""
+    settings, policy = SyncConfig(delay_steps=3, state="average"), Constant(Plan(8, 4))
+
+    def opened(model: nn.Module) -> LocalSGD:
+        optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=0.5)
+        return LocalSGD(model, optimizer, policy, settings=settings, world=world)
+
+    def go_on(sync: LocalSGD, steps: range) -> None:
+        for step in steps:
+            x, y = batch(world.rank, step)
+            sync.optimizer.zero_grad()
+            loss = F.mse_loss(sync.model(x, step), y)
+            loss.backward()
+            sync.optimizer.step()
+            sync.step(loss, samples=8)
+
+    model = Branches()
+    with opened(model) as sync:
+        go_on(sync, range(cut_at))
+        saved = copy.deepcopy((sync.state_dict(), model.state_dict(), sync.optimizer.state_dict()))
+        if not saved[0]["averager"]["flying"]:
+            go_on(sync, range(cut_at, 12))
+    if saved[0]["averager"]["flying"]:
+        model = Branches()
+        with opened(model) as sync:
+            model.load_state_dict(saved[1])
+            sync.optimizer.load_state_dict(saved[2])
+            sync.load_state_dict(saved[0])
+            go_on(sync, range(cut_at, 12))
+    return [model.early.weight.detach(), model.late.weight.detach(), *sync.replica.state().values()]
+
+
+def test_momenta_under_way_find_their_parameters_again() -> None:
+    whole, cut = run(2, branched, 0), run(2, branched, 6)  # sent at 4, when the first weight has none, landing at 7
+    for ours, theirs in zip(cut, whole, strict=True):
+        assert len(ours) == 4
+        assert all(torch.equal(mine, its) for mine, its in zip(ours, theirs, strict=True))
 
 
 @pytest.mark.parametrize("when", [5, 8])
@@ -490,6 +679,8 @@ def deserted(world: World, when: int) -> None:
 
 # ---- what cannot hold
 
+EARLY = Plan(8, 4, early_end="divergence", early_end_above=1.0)
+
 
 @pytest.mark.parametrize(
     ("fields", "plan", "said"),
@@ -509,6 +700,14 @@ def deserted(world: World, when: int) -> None:
             "node_wire_format = 'int8': needs sync.delay_steps = 0",
         ),
         ({"outer_lr": 0.5}, Plan(8, 4), "outer_lr = 0.5: needs sync.outer"),
+        ({"delay_steps": 2}, Plan(8, 4, delay_steps=1), "delay_steps = 2: has no effect: the policy's plans say it"),
+        ({"wire_format": "int8"}, Plan(8, 4, wire_format="bf16"), "wire_format = 'int8': has no effect"),
+        ({"fragments": 2}, Plan(8, 4, delay_steps=1), "fragments = 2: must be 1 where the policy plans delays"),
+        ({"mixing": 0.5}, EARLY, "mixing = 0.5: must be 1 where divergence ends rounds"),
+        ({"mixing": 0.5}, Plan(8, 1), "mixing = 0.5: averages no parameters at period 1"),
+        ({"node_period_steps": 1, "node_wire_format": "int8"}, Plan(8, 4), "node_wire_format = 'int8': averages no"),
+        ({"fragments": 2}, EARLY, "fragments = 2: must be 1 where rounds end early"),
+        ({"delay_steps": 2}, EARLY, "delay_steps = 2: must be 0 where rounds end early"),
         ({"outer": "diloco", "mixing": 0.5}, Plan(8, 4), "outer = 'diloco': needs sync.mixing = 1"),
     ],
 )

@@ -68,6 +68,8 @@ def test_adaptive_period_falls_as_the_root_of_the_loss_or_else_by_its_factor() -
     assert periods(follow(policy, train_loss=[2.0, 0.25, 0.125, 0.125])) == [16, 12, 8, 4]
     slow = replace(policy, interval_samples=2_000)
     assert periods(follow(slow, train_loss=[2.0, 0.25, 0.125, 0.125])) == [32, 12, 12, 8]
+    timid = replace(policy, plan=Plan(8, 4), shrink=0.99)
+    assert periods(follow(timid, train_loss=[2.0] * 5)) == [3, 2, 1, 1, 1], "it ends in frequent averaging"
 
 
 def test_selsync_and_fda_end_rounds_by_their_signal() -> None:
@@ -204,6 +206,28 @@ def test_worth_is_throughput_times_efficiency() -> None:
     assert gradients.efficiency == 1.0
 
 
+def test_a_network_that_changes_is_noticed_by_what_goes_over_it() -> None:
+    def saw(costs: Costs, plan: Plan, **figures: float) -> Costs:
+        seen = seen_by(plan, round=1, transfer_s=figures.pop("transfer_s", math.nan))
+        return costs.saw(replace(seen, plan=plan, phase_steps=100, **figures))
+
+    averages, gradients = Plan(32, 8, delay_steps=0, wire_format="int8"), Plan(32, 1)
+    costs = Costs(step_s={"32 0": 0.04}, transfer_s={"float32": 0.4, "int8": 0.1})
+    for _ in range(100):
+        costs = saw(costs, averages, transfer_s=1.0)
+    assert costs.transfer("int8") == pytest.approx(0.266, rel=1e-3)
+    assert costs.transfer("float32") == pytest.approx(0.4 * 2.66, rel=1e-3), "not in use, but over the same network"
+    before = worth(gradients, costs, 2, 32, 0.01).samples_per_s
+    for wait_s in (0.06, 0.6):  # gradients tell by how long training waits for them
+        for _ in range(100):
+            costs = saw(costs, gradients, sync_wait_s=wait_s, slowest_compute_s=0.04)
+        assert worth(gradients, costs, 2, 32, 0.01).samples_per_s == pytest.approx(64 / (0.04 + wait_s), rel=1e-2)
+        if wait_s == 0.06:
+            assert worth(gradients, costs, 2, 32, 0.01).samples_per_s > 5 * before
+            first = costs.transfer("int8")
+    assert costs.transfer("int8") == pytest.approx(first * 0.62 / 0.08, rel=1e-2)
+
+
 def test_drift_is_learned_from_snapshots_which_a_delay_leaves_as_far_apart() -> None:
     at_once, late = (
         Costs().saw(seen_by(Plan(32, 8, delay_steps=delay), round=1, transfer_s=0.1, delay_steps=delay))
@@ -316,9 +340,11 @@ def test_care_trades_speed_for_what_a_sample_teaches() -> None:
         (lambda: Plan(1, 4, wire_format="int3"), "wire_format = 'int3': choose one of float32"),  # type: ignore[arg-type]
         (lambda: Plan(1, 1, early_end="divergence", early_end_above=1.0), "early_end = 'divergence': needs"),
         (lambda: Plan(1, 4, early_end="divergence"), r"early_end_above = 0\.0"),
-        (lambda: Compose(batch=Autopilot()), r"batch\.lr_scaling = 'gain': has no effect there"),
+        (lambda: Compose(batch=NoiseScale(lr_scaling="gain")), r"batch\.lr_scaling = 'gain': has no effect there"),
+        (lambda: Compose(batch=Autopilot()), "batch = 'autopilot': chooses batch and period by what both cost"),
         (lambda: QSR(growth=0), "growth = 0: must be above 0"),
         (lambda: QSR(max_period_steps=2), "max_period_steps = 2: must be at least 4"),
+        (lambda: AdaptivePeriod(plan=Plan(8, 32, delay_steps=8)), r"min_period_steps = 1: must be .* \(8\)"),
         (lambda: AdaptivePeriod(shrink=1.0), r"shrink = 1\.0: must be above 0 and below 1"),
         (lambda: SelSync(change=-1), "change = -1: must be above 0"),
         (lambda: FDA(threshold=0), "threshold = 0: must be above 0"),

@@ -130,6 +130,48 @@ def test_gradient_change_is_selsyncs() -> None:
     assert notes.change == pytest.approx((24 / 26 * 1.5 + 0.2) / (24 / 26 + 1))
 
 
+def looked(world: World, settings: SyncConfig, period: int, steps: int, evaluated_at: int) -> list[bool]:
+    """Whether a round's noted gradients were of replicas that were apart, by round."""
+    model = Quadratic()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    draw = torch.Generator().manual_seed(world.rank)
+    apart = []
+    with LocalSGD(model, optimizer, Constant(Plan(BATCH, period)), settings=settings, world=world) as sync:
+        for step in range(steps):
+            optimizer.zero_grad()
+            loss = sync.model(torch.randn(BATCH, DIMENSION, generator=draw))
+            loss.backward()
+            begins = sync.between_rounds
+            optimizer.step()
+            if begins and step % max(period, 4) == 0:
+                apart.append(bool(sync._progress.notes.header()["grad_apart"]))
+            sync.step(loss, BATCH)
+            if step + 1 == evaluated_at:
+                sync.settle()
+    return apart
+
+
+@pytest.mark.parametrize(
+    ("settings", "period", "apart"),
+    [
+        (SyncConfig(observe_steps=1), 4, [False, False, False, False]),
+        (SyncConfig(observe_steps=1, delay_steps=2), 4, [False, True, True, False]),
+        (SyncConfig(observe_steps=1, delay_steps=4, wire_format="int8"), 4, [False, True, True, False]),
+        (SyncConfig(observe_steps=1, mixing=0.5), 4, [False, True, True, False]),
+        (SyncConfig(observe_steps=1, fragments=2), 4, [False, True, True, False]),
+        (SyncConfig(observe_steps=4), 1, [False, False, False, False]),
+        (SyncConfig(observe_steps=4), 0, [False, True, True, True]),
+    ],
+    ids=["blocking", "delay", "delay of a round", "mixing", "fragments", "averaged gradients", "never averaged"],
+)
+def test_ranks_know_whether_the_gradients_they_look_at_are_of_one_model(
+    settings: SyncConfig, period: int, apart: list[bool]
+) -> None:
+    """An evaluation after the third round makes replicas one, where the Plan averages at all."""
+    for found in run(2, looked, settings, period, 16, 12):
+        assert found == apart
+
+
 def test_noise_seen_under_a_delay_does_not_dilute_what_was_seen_without() -> None:
     def headers(mean: float) -> list[dict[str, float]]:
         return [{"grad_sq": 2.0, "mean_grad_sq": mean, "steps": 1.0, "samples": 8.0}] * 2

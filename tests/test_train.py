@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from ranks import RankError, free_port, run
 from torch import nn
 
-from trainer import recipes
+from trainer import Constant, Plan, PostLocal, recipes
 from trainer.checkpoint import Checkpoints
 from trainer.config import Config, WorldConfig
 from trainer.data.sets import fake
@@ -304,6 +305,24 @@ def test_a_checkpoint_of_another_world_is_refused(whole: Path) -> None:
     config = settings(whole.parent, "other", run={"resume": str(max((whole / "checkpoints").iterdir()))})
     with pytest.raises(RankError, match="was written by 2 ranks; start as many"):
         run(3, in_process, config)
+
+
+def test_a_checkpoint_of_another_policy_is_refused_and_the_run_stays(whole: Path) -> None:
+    kept = (whole / "config.toml").read_bytes()
+    config = settings(whole.parent, "whole", run={"resume": "auto"})
+    with pytest.raises(RankError, match=r"policy\.name = 'constant': the checkpoint is of 'alternating'"):
+        run(2, in_process, replace(config, policy=Constant(Plan(8, 6))))
+    assert (whole / "config.toml").read_bytes() == kept
+
+
+@pytest.mark.parametrize(
+    "sync", [{"wire_format": "int8", "delay_steps": "auto"}, {"node_period_steps": 2, "ranks_per_node": 2}]
+)
+def test_one_rank_alone_is_timed_whatever_the_ranks_average(tmp_path: Path, sync: dict[str, Any]) -> None:
+    config = settings(tmp_path, "timed", run={"samples": 160}, sync=sync, record={"reference_s": 0.05})
+    policy = PostLocal(large=Plan(8, 1), local=Plan(8, 4), switch_samples=80)  # the base Plan averages no parameters
+    run(2, in_process, replace(config, policy=policy))
+    assert json.loads((tmp_path / "timed" / "summary.json").read_text())["scaling_speedup"] > 0
 
 
 def test_an_old_run_of_the_same_name_is_moved_aside(tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 
 from trainer.background import Background
 from trainer.clock import Clock
@@ -18,7 +17,7 @@ from trainer.collectives import Collectives
 from trainer.config import SyncConfig
 from trainer.ledger import Header, compare
 from trainer.part import Part
-from trainer.replica import Replica
+from trainer.replica import Place, Replica
 
 
 @dataclass(frozen=True)
@@ -65,6 +64,8 @@ class Carried:
     with_state: bool = False
     buffers: Pairs = field(default_factory=list)
     state: Pairs = field(default_factory=list)
+    places: list[Place] = field(default_factory=list)
+    """Where each of `state` belongs."""
 
     @property
     def pairs(self) -> Pairs:
@@ -73,12 +74,7 @@ class Carried:
 
     def leave_state(self) -> None:
         """Ranks have different state, which cannot be made alike beside training: this time each keeps its own."""
-        self.state = []
-
-    def replace(self, buffers: list[torch.Tensor], state: list[torch.Tensor]) -> None:
-        """Copies of a checkpoint."""
-        for pairs, copies in ((self.buffers, buffers), (self.state, state)):
-            pairs[:] = [(live, copy.to(live.device)) for (live, _), copy in zip(pairs, copies, strict=False)]
+        self.state, self.places = [], []
 
 
 @dataclass
@@ -141,7 +137,7 @@ class Averager:
         world = self._via.world
         if self.settings.delay_steps != 0 and world.size > 1 and self._background is None:
             self._background = Background(world.device)
-            self._beside = Collectives(world, None, self.settings.bucket_bytes, dist.new_group())  # type: ignore[arg-type]  # -100: not a member
+            self._beside = Collectives(world, None, self.settings.bucket_bytes, world.new_group())
             if self._via.within is not None:
                 self._beside.add_levels(*world.new_levels())
 
@@ -245,7 +241,8 @@ class Averager:
             if delayed and not one_layout:
                 carried.leave_state()
             elif carried.with_state and not one_layout:
-                carried.state = [(tensor, tensor) for tensor in self._replica.shared_state()]
+                shared = self._replica.shared_state()
+                carried.state, carried.places = [(each, each) for each in shared.values()], list(shared)
             via.mean_([copy for _, copy in carried.pairs], weights[via.rank])
         divergence = max(0.0, sum(w * rank["norm"] for w, rank in zip(weights, headers, strict=True)) - mean)
         took, sent = time.perf_counter() - began, via.sent_bytes - before
@@ -254,13 +251,14 @@ class Averager:
     def _carry(self, delayed: bool) -> Carried:
         """Buffers and optimizer state as they are now, as far as the settings say that they are averaged."""
         settings, replica = self.settings, self._replica
-        carried = Carried(with_state=settings.state == "average")
-        for pairs, tensors in (
-            (carried.buffers, replica.flat_buffers.adopt() if settings.batch_norm == "average" else []),
-            (carried.state, replica.state() if carried.with_state else []),
-        ):
-            pairs += [(tensor, tensor.clone() if delayed else tensor) for tensor in tensors]
-        return carried
+        with_state = settings.state == "average"
+        buffers = replica.flat_buffers.adopt() if settings.batch_norm == "average" else []
+        state = replica.state() if with_state else {}
+        pairs, of_state = (
+            [(tensor, tensor.clone() if delayed else tensor) for tensor in tensors]
+            for tensors in (buffers, state.values())
+        )
+        return Carried(with_state, pairs, of_state, list(state))
 
     @torch.no_grad()
     def land(self, transfer: Transfer, local_step: int, *, wholly: bool = False) -> Arrived:
@@ -300,6 +298,7 @@ class Averager:
                     "arrived": asdict(transfer.pending.result()),
                     "buffers": [copy for _, copy in transfer.carried.buffers],
                     "state": [copy for _, copy in transfer.carried.state],
+                    "places": transfer.carried.places,
                 }
                 for transfer in self.flying
             ],
@@ -311,8 +310,23 @@ class Averager:
         for part, saved in zip(self._parts(self.everything), state["parts"], strict=True):
             part.load_state_dict(saved)
         self.flying = []
+        state_by_place = self._replica.state()  # may hold more than was sent
         for saved in state["flying"]:
-            carried = self._carry(delayed=True)
-            carried.replace(saved.pop("buffers"), saved.pop("state"))
-            pending = Done(Arrived(**saved.pop("arrived")))
+            buffers = self._replica.flat_buffers.adopt() if saved["buffers"] else []
+            places = saved.pop("places")
+            carried = Carried(
+                self.settings.state == "average",
+                _pairs(buffers, saved.pop("buffers")),
+                _pairs([state_by_place[place] for place in places], saved.pop("state")),
+                places,
+            )
+            arrived = Arrived(**saved.pop("arrived"))
+            for header in arrived.headers:
+                header["stop"] = 0.0  # that stop has been; this run is to go on
+            pending = Done(arrived)
             self.flying.append(Transfer(**saved, pending=pending, carried=carried))
+
+
+def _pairs(live: Sequence[torch.Tensor], copies: Sequence[torch.Tensor]) -> Pairs:
+    """A checkpoint's copies with the tensors that they are of."""
+    return [(mine, copy.to(mine.device)) for mine, copy in zip(live, copies, strict=True)]

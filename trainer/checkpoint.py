@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystem
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.utils._pytree import tree_map
 
 from trainer.errors import ConfigError
 from trainer.world import World
@@ -65,7 +66,8 @@ class Checkpoints:
             "plain": plain,
             "world_size": self.world.size,
             "random": _random_state(self.world.device),
-            **rest,
+            # a device's number is a matter of the start that wrote it
+            **tree_map(lambda leaf: leaf.cpu() if torch.is_tensor(leaf) else leaf, dict(rest)),
         }
         writer = FileSystemWriter(partial, single_file_per_rank=True, sync_files=True)
         planner = DefaultSavePlanner(**AS_GIVEN)

@@ -229,7 +229,10 @@ class SyncConfig:
         lossy = self.node_wire_format != "float32"
         levels, at_once = self.node_period_steps is not None, self.delay_steps == 0
         require("node_wire_format", self.node_wire_format, not lossy or levels, "needs sync.node_period_steps")
-        require("node_wire_format", self.node_wire_format, not lossy or at_once, "needs sync.delay_steps = 0")
+        mend = "needs sync.delay_steps = 0, and a policy that plans no delays"
+        require("node_wire_format", self.node_wire_format, not lossy or at_once, mend)
+        sends = self.node_period_steps != 1
+        require("node_wire_format", self.node_wire_format, not lossy or sends, "averages no parameters at period 1")
         shaped = self.ranks_per_node is not None
         require("ranks_per_node", self.ranks_per_node, not shaped or levels, "needs sync.node_period_steps")
         steps = self.delay_steps
@@ -249,6 +252,16 @@ class SyncConfig:
         delay = self.delay_steps if plan.delay_steps is None else plan.delay_steps
         return replace(self, delay_steps=delay, wire_format=plan.wire_format or self.wire_format)
 
+    def check_scaler(self, *, used: bool) -> None:
+        """Refuse what a loss scaler makes impossible.
+
+        Raises:
+            ConfigError: names the field.
+        """
+        fits = not used or self.gradient_format != "powersgd"
+        mend = "keeps what it loses, which a loss scaler's infinite gradients spoil: choose bf16, or no fp16"
+        require("gradient_format", self.gradient_format, fits, mend)
+
     def check_plans(self, plans: Sequence[Plan]) -> None:
         """Refuse what the rounds of these plans cannot hold.
 
@@ -260,17 +273,30 @@ class SyncConfig:
         periods = [plan.sync_period_steps for plan in plans if plan.sync_period_steps > 1]
         if not periods:
             said = "averages no parameters at period 1: leave it out, or choose a policy with a longer period"
-            for name, idle in (("wire_format", "float32"), ("outer", "none"), ("delay_steps", 0), ("fragments", 1)):
+            idles = {"wire_format": "float32", "outer": "none", "delay_steps": 0, "fragments": 1, "mixing": 1.0}
+            idles["node_period_steps"] = None
+            for name, idle in idles.items():
                 value = getattr(self, name)
                 mend = f"{said}; gradients have sync.gradient_format" if name == "wire_format" else said
                 require(name, value, value == idle, mend)
             return
-        for plan in plans:
-            at_once = self.under(plan).delay_steps == 0 and self.fragments == 1
-            usable = plan.early_end == "never" or at_once
-            require("delay_steps", self.delay_steps, usable, "must be 0, and sync.fragments 1, where rounds end early")
+        long = [plan for plan in plans if plan.sync_period_steps > 1]
+        for name, idle in (("delay_steps", 0), ("wire_format", "float32")):
+            value = getattr(self, name)
+            used = any(getattr(plan, name) is None for plan in long)
+            require(name, value, used or value == idle, "has no effect: the policy's plans say it; leave it out")
+        by_policy = all(plan.delay_steps is not None for plan in long)
+        whole_model = self.fragments == 1 or not by_policy
+        require("fragments", self.fragments, whole_model, "must be 1 where the policy plans delays of the whole model")
+        for plan in long:
+            usable = plan.early_end == "never" or self.under(plan).delay_steps == 0
+            require("delay_steps", self.delay_steps, usable, "must be 0 where rounds end early")
+            usable = plan.early_end == "never" or self.fragments == 1
+            require("fragments", self.fragments, usable, "must be 1 where rounds end early")
             usable = plan.early_end != "gradient_change" or self.node_period_steps != 1
             require("node_period_steps", self.node_period_steps, usable, "must not be 1 where gradients end rounds")
+            usable = plan.early_end != "divergence" or self.mixing == 1
+            require("mixing", self.mixing, usable, "must be 1 where divergence ends rounds")
         inner = self.node_period_steps
         whole = inner is None or all(period % inner == 0 for period in periods)
         longer = ", ".join(str(period) for period in sorted(set(periods)))
@@ -342,6 +368,7 @@ class Config:
     def __post_init__(self) -> None:
         try:
             self.sync.check_plans(self.policy.plans())
+            self.sync.check_scaler(used=self.step.precision == "fp16")
         except ConfigError as error:
             raise ConfigError(f"sync.{error}") from None
 

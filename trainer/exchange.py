@@ -181,7 +181,9 @@ class CodedExchange(Exchange):
     ) -> Iterator[tuple[slice, torch.Tensor]]:
         """`values` becomes what was lost, where there is feedback; else it stays."""
         coding = Coding(values, fresh, weights, via)
-        if self.lossy and self._owed is None:
+        if self._owed is not None:
+            self._owed = self._owed.to(values.device)  # it may come from a checkpoint
+        elif self.lossy:
             self._owed = values.new_zeros(self._owner_values(self._count), dtype=coding.scratch.dtype)
         stages = partial(self._scatter, coding), partial(self._reduce, coding), partial(self._finish, coding)
         for means in pipeline(_chunks(len(values), self._chunk), *stages):

@@ -18,7 +18,7 @@ TURNS = 256
 """Places at which the row of signs may begin."""
 CHANGE_WINDOW = 25
 """Noted steps over which the change of the gradient's norm is smoothed."""
-KEPT = ("_own", "_mean", "_count", "_steps", "_rest", "_sketch", "_norm", "_change", "_weight")
+KEPT = ("_own", "_mean", "_count", "_steps", "_rest", "_sketch", "_apart", "_norm", "_change", "_weight")
 
 
 class GradientNotes:
@@ -47,12 +47,14 @@ class GradientNotes:
         self._own = self._mean = 0.0
         self._count = self._steps = 0
         self._sketch: list[float] | None = None
+        self._apart = False
 
-    def look(self, gradients: Sequence[torch.Tensor | None], number: int, *, every: bool) -> None:
+    def look(self, gradients: Sequence[torch.Tensor | None], number: int, *, every: bool, apart: bool) -> None:
         """In a local phase, before an update: note the observation's first gradient, and with `every` follow the
-        others' norms."""
+        others' norms. `apart`: the replicas that this step's gradients are of were not one model."""
         if not self._steps and not self._rest:
             self._rest = self._rest_steps
+            self._apart = apart
             self.note(gradients, number)
         elif every:
             self.follow(gradients)
@@ -121,7 +123,7 @@ class GradientNotes:
         """What the others are told: squared norms as means over the noted steps, NaN where there are none."""
         own = self._own / self._count if self._count else math.nan
         mean = self._mean / self._count if self._count and self._sketch is None else math.nan
-        told = {"grad_sq": own, "mean_grad_sq": mean, "grad_change": self.change}
+        told = {"grad_sq": own, "mean_grad_sq": mean, "grad_change": self.change, "grad_apart": self._apart}
         return told | dict(zip(SKETCH_NAMES, self._sketch or [0.0] * SKETCH, strict=True))
 
     @property

@@ -88,6 +88,12 @@ class GradientAverage:
             )
         self._parallel.register_comm_hook(None, self._hook)
 
+    def forget(self) -> None:
+        """A step was skipped, whose gradients were not finite on some rank: what is kept of them is of no use."""
+        if self._powersgd is not None:
+            for kept in (self._powersgd.error_dict, self._powersgd.p_memory_dict, self._powersgd.q_memory_dict):
+                kept.clear()
+
     def take_off(self) -> None:
         """Unwrap the model."""
         self._parallel = self._powersgd = self._via = self._notes = None
@@ -112,6 +118,7 @@ class GradientAverage:
                 before = self._powersgd.total_numel_after_compression
                 compressed = self._powersgd.iter >= POWERSGD_FROM_STEP
                 if compressed:
+                    own = None  # what the mean lost would pass for noise
                     self._hand_over(self._powersgd, bucket)
                 future = powerSGD_hook(self._powersgd, bucket)
                 # its later collectives begin when its earlier ones end, on Gloo's own threads: with two buckets under

@@ -40,6 +40,8 @@ class Progress:
         """Rounds that have ended."""
         self.round_steps = 0
         """Local steps of the open round."""
+        self.samples_apart = 0
+        """Trained by this rank since the replicas were last one."""
         self.transfer_s = math.nan
         """Seconds that this rank's latest transfer took; NaN before the first."""
         self.stop_asked = False
@@ -59,7 +61,8 @@ class Progress:
     @property
     def lr_scale(self) -> float:
         """The factor on the optimizer's learning rate now."""
-        return self._told.controller.lr_scale(self.samples)
+        here = self.ledger.steps * self.plan.batch_per_rank
+        return self._told.controller.lr_scale(self._told.planned(here, self._collectives.size))
 
     def count(
         self, loss: torch.Tensor, samples: int, *, skipped: bool = False, right: torch.Tensor | None = None
@@ -67,6 +70,7 @@ class Progress:
         """One local step is done; the arguments are `Ledger.count`'s."""
         self.local_step += 1
         self.round_steps += 1
+        self.samples_apart += samples
         self.ledger.count(loss, samples, skipped=skipped, right=right)
         self.notes.end_step()
 
@@ -115,6 +119,7 @@ class Progress:
             "local_step": self.local_step,
             "rounds": self.rounds,
             "round_steps": self.round_steps,
+            "samples_apart": self.samples_apart,
             "transfer_s": self.transfer_s,
             "ledger": self.ledger.state_dict(),
             "notes": self.notes.state_dict(),
@@ -122,7 +127,7 @@ class Progress:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint."""
-        for name in ("local_step", "rounds", "round_steps", "transfer_s"):
+        for name in ("local_step", "rounds", "round_steps", "samples_apart", "transfer_s"):
             setattr(self, name, state[name])
         self.ledger.load_state_dict(state["ledger"])
         self.notes.load_state_dict(state["notes"])

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from trainer.config import Config
+from trainer.config import Config, SyncConfig
 from trainer.data import ShardStream
 from trainer.errors import ConfigError
 from trainer.optim import build_optimizer
@@ -58,7 +58,9 @@ def measure_alone(config: Config, loss: nn.Module, model: nn.Module, stream: Sha
     plan = Constant(config.policy.base_plan())
     devices = [world.device] if world.device.type == "cuda" else []
     solo = World(device=world.device)
-    with torch.random.fork_rng(devices), LocalSGD(trial, optimizer, plan, world=solo, settings=config.sync) as sync:
+    # nothing is averaged, and what the policy's other plans allow may not fit this one
+    settings = SyncConfig(observe_steps=config.sync.observe_steps)
+    with torch.random.fork_rng(devices), LocalSGD(trial, optimizer, plan, world=solo, settings=settings) as sync:
         seconds, samples, began = 0.0, 0, 0.0
         for inputs, labels in sync.batches(stream, samples=2**62):
             trained = step(sync, inputs, labels)

@@ -43,7 +43,7 @@ class Replica:
 
     def average_state(self) -> None:
         """Make the optimizer state the same on every rank."""
-        self.collectives.mean_(self.shared_state(), 1 / self.collectives.size)
+        self.collectives.mean_([*self.shared_state().values()], 1 / self.collectives.size)
 
     def layout_digest(self) -> int:
         """Fingerprint of which optimizer state this rank has."""
@@ -58,10 +58,9 @@ class Replica:
         """Whether the last backward pass left a trained parameter out."""
         return any(parameter.grad is None for parameter in self.parameters)
 
-    def state(self) -> list[torch.Tensor]:
+    def state(self) -> dict[Place, torch.Tensor]:
         """The optimizer's float tensors, in an order that ranks of one `layout_digest` share."""
-        mine = self._state()
-        return [mine[place] for place in sorted(mine)]
+        return dict(sorted(self._state().items()))
 
     def _state(self) -> dict[Place, torch.Tensor]:
         return {
@@ -74,8 +73,8 @@ class Replica:
     def _layout(self, state: dict[Place, torch.Tensor]) -> dict[Place, Any]:
         return {place: (tuple(value.shape), str(value.dtype), value.device.type) for place, value in state.items()}
 
-    def shared_state(self) -> list[torch.Tensor]:
-        """The optimizer's float tensors, made the same list on every rank.
+    def shared_state(self) -> dict[Place, torch.Tensor]:
+        """The optimizer's float tensors, made the same places in the same order on every rank.
 
         A rank that skipped its steps or whose data left a parameter unused may lack what another has; it then joins
         in with zeros, which is what the optimizer would have begun with.
@@ -88,7 +87,7 @@ class Replica:
                     where = "cpu" if device == "cpu" else self.collectives.world.device
                     zeros = torch.zeros(shape, dtype=getattr(torch, dtype.removeprefix("torch.")), device=where)
                     self.optimizer.state[parameters[index]][key] = mine[index, key] = zeros
-        return [mine[place] for place in sorted(mine)]
+        return dict(sorted(mine.items()))
 
     def _stepped(self) -> Iterator[tuple[int, torch.Tensor]]:
         """Parameters with their number in the optimizer's groups."""

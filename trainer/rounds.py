@@ -35,6 +35,8 @@ class Sent:
     phase: Phase
     samples: int
     """Trained by this rank."""
+    planned: int
+    """The same by the Plan, which is one on all ranks."""
 
 
 @dataclass(frozen=True)
@@ -69,16 +71,22 @@ class Rounds:
         """Trained by all ranks, if all trained as much as this one since they last told; `here` is not yet sent."""
         return self._agreed_samples + (sum(sent.samples for sent in self._sent.values()) + here) * ranks
 
+    def planned(self, here: int, ranks: int) -> int:
+        """The same if every rank trained as planned since they last told: one number on all ranks, by which a rate
+        may ramp up."""
+        return self._agreed_samples + (sum(sent.planned for sent in self._sent.values()) + here) * ranks
+
     def send(self, header: Header) -> None:
         """This rank's header of a round is on its way to the others."""
-        self._sent[int(header["round"])] = Sent(self.controller.phase, int(header["samples"]))
+        phase, steps = self.controller.phase, int(header["steps"])
+        self._sent[int(header["round"])] = Sent(phase, int(header["samples"]), steps * phase.plan.batch_per_rank)
 
     def tell(self, headers: Sequence[Header], **known: Any) -> None:
         """All ranks' headers of a round are there; keep what they come to until the controller is asked. `known` are
         figures of the Observation that came by other ways."""
         sent = self._sent.pop(int(headers[0]["round"]))
         seen = reduce(headers, self._agreed_samples)
-        apart = known.get("delay_steps", 0) > 0
+        apart = any(header["grad_apart"] for header in headers)
         known |= self._signals.take(headers, seen.samples, seen.train_loss, apart=apart)
         progress = seen.samples / self.total_samples if self.total_samples else math.nan
         seen = replace(seen, ran=sent.phase.plan, progress=progress, test_accuracy=self.accuracy, **known)
@@ -92,7 +100,7 @@ class Rounds:
         """Let the controller hear what was told, between two rounds; the rounds that it heard of."""
         heard = []
         for told in self._told:
-            changed = self.controller.observe(told.seen, self.samples(0, told.seen.ranks))
+            changed = self.controller.observe(told.seen, self.planned(0, told.seen.ranks))
             self.no_gradient |= changed and told.no_gradient
             next_phase = self.controller.phase if changed else None
             heard.append(Round(told.seen, told.phase, next_phase, told.skipped_in_a_row, self.controller.decision))
@@ -117,7 +125,7 @@ class Rounds:
         self.no_gradient, self.accuracy = state["no_gradient"], state["accuracy"]
         self._agreed_samples = state["agreed_samples"]
         self._signals.load_state_dict(state["signals"])
-        self._sent = {n: Sent(Phase.restored(sent["phase"]), sent["samples"]) for n, sent in state["sent"].items()}
+        self._sent = {n: Sent(**sent | {"phase": Phase.restored(sent["phase"])}) for n, sent in state["sent"].items()}
         self._told = [
             Told(**told | {"seen": Observation.restored(told["seen"]), "phase": Phase.restored(told["phase"])})
             for told in state["told"]

@@ -19,6 +19,7 @@ from trainer import recipes
 from trainer.checkpoint import Checkpoints
 from trainer.config import Config, check_ranks
 from trainer.data import DataPart, ShardStream, Transform, open_part, shard_of, split_evenly
+from trainer.errors import ConfigError
 from trainer.launcher import read_launch
 from trainer.memory import peak_memory_bytes
 from trainer.optim import learning_rate
@@ -100,6 +101,9 @@ class Run:
         with sync.clock.off("other"):
             newest = self._checkpoints.find(self._config.run.resume)
             state = self._checkpoints.load(newest, sync.replica.model, sync.optimizer) if newest else {}
+            name = policy_name(self._config.policy)
+            if state.get("policy", name) != name:
+                raise ConfigError(f"policy.name = {name!r}: the checkpoint is of {state['policy']!r}; give a run.name")
             if sync.world.rank == 0:
                 prepare_folder(folder, resuming=bool(state), metrics_bytes=state.get("metrics_bytes", 0))
                 recipes.save(self._config, folder / "config.toml")
@@ -231,6 +235,7 @@ class Run:
         with sync.clock.off("checkpoint"):
             self._records.event("checkpoint", local_step=sync.local_step, samples=sync.samples)
             rest = {
+                "policy": policy_name(self._config.policy),
                 "sync": sync.state_dict(),
                 "consumed": self._stream.consumed,
                 "scaler": self._step.scaler.state_dict(),

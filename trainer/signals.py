@@ -83,8 +83,9 @@ class Signals:
     def take(self, headers: Sequence[Header], samples: int, loss: float, *, apart: bool = False) -> dict[str, float]:
         """The Observation's smoothed figures after these headers; `samples` are all that were trained.
 
-        Replicas that are `apart` where they look at the gradient, as under a delay, make it seem two to four times as
-        noisy as it is; once noise was seen where they were one, theirs is left out.
+        Replicas that are `apart` where they look at the gradient (under a delay, with mixing, between averages of
+        parts, where none are averaged) make it seem two to four times as noisy as it is; once noise was seen where they
+        were one, theirs is left out.
         """
         sq_norm, variance = noise(headers)
         if not (apart and self.of_one):

@@ -72,6 +72,7 @@ class LocalSGD:
         scaler: torch.amp.GradScaler | None = None,
     ) -> None:
         settings.check_plans(policy.plans())
+        settings.check_scaler(used=scaler is not None and scaler.is_enabled())
         device = next(model.parameters()).device
         self.world = world or World.current(device)
         if settings.ranks_per_node is not None:
@@ -157,7 +158,8 @@ class LocalSGD:
         self.clock.overlap_ends()
         if not self._parallel.on:
             gradients = [p.grad for p in self.replica.parameters]
-            self._progress.notes.look(gradients, self.rounds, every=self.plan.early_end == "gradient_change")
+            every, apart = self.plan.early_end == "gradient_change", not self._timetable.are_one
+            self._progress.notes.look(gradients, self.rounds, every=every, apart=apart)
         elif self.plan.sync_period_steps == 1:
             scaled = self.scaler is not None and self.scaler.is_enabled()
             self._progress.notes.sum_up(self.scaler.get_scale() if scaled and self.scaler else 1.0)
@@ -229,6 +231,10 @@ class LocalSGD:
         if count is None:
             raise ValueError("samples = None: pass sync.step(loss, samples=...) for batches of a loader of your own")
         self._batch_samples = None
+        if skipped and self._parallel.on:
+            self._parallel.forget()
+        if self._timetable.are_one:
+            self._progress.samples_apart = 0
         self._progress.count(loss, count, skipped=skipped, right=right)
         self._timetable.are_one &= self.plan.sync_period_steps == 1
         if self.plan.sync_period_steps <= 1:
@@ -306,8 +312,8 @@ class LocalSGD:
         return self._observe() if self._progress.ledger.steps >= self.settings.observe_steps else []
 
     def _end_round(self) -> list[Round]:
-        self._progress.end_round()
         fragments = self._timetable.last_of_round(self.plan)
+        self._progress.end_round()
         report = self._progress.report()
         ran = self.plan
         heard = self._told.decide()  # of earlier rounds: the Plan may change now

@@ -39,19 +39,27 @@ class Timetable:
 
     def within_round(self, plan: Plan) -> None:
         """What is due after a local step that does not end a round: the node's average, a fragment's turn."""
-        fragments, steps = self._averager.everything, self._progress.round_steps
-        if self._settings.node_period_steps and steps % self._settings.node_period_steps == 0:
-            self._averager.average_within(fragments, self._progress.ledger.samples)
-        for fragment in fragments[:-1]:
-            if steps == self._turn(fragment, plan):
-                self._take_of([fragment])
-                self.send([fragment], self._progress.place(), plan)
+        steps = self._progress.round_steps
+        due = [each for each in self._averager.everything[:-1] if steps == self._turn(each, plan)]
+        self._within_node(due)
+        for fragment in due:
+            self._take_of([fragment])
+            self.send([fragment], self._progress.place(), plan)
 
     def last_of_round(self, plan: Plan) -> list[int]:
         """The fragments to be sent at a round's end; what is still under way of them is taken."""
         due = [each for each in self._averager.everything if self._turn(each, plan) >= plan.sync_period_steps]
+        if self._progress.round_steps == plan.sync_period_steps:  # a round that ends early has had its node's average
+            self._within_node(due)
         self._take_of(due)
         return due
+
+    def _within_node(self, sent: Sequence[int]) -> None:
+        """Where it is due, the node's average of all but what is sent now, which begins with it."""
+        period = self._settings.node_period_steps
+        rest = [each for each in self._averager.everything if each not in sent]
+        if period and rest and self._progress.round_steps % period == 0:
+            self._averager.average_within(rest, self._progress.ledger.samples)
 
     def send(self, fragments: Sequence[int], header: Header, plan: Plan, *, ends_round: bool = False) -> None:
         """Send these fragments' average, to be taken as many steps later as the settings say, within `plan`'s round."""
@@ -68,7 +76,8 @@ class Timetable:
         self._take(self._averager.flying)
         if not self.are_one:
             now = self._progress.local_step
-            self._averager.send(self._averager.everything, self._progress.place(), now, plainly=True)
+            header = self._progress.place() | {"samples": self._progress.samples_apart}
+            self._averager.send(self._averager.everything, header, now, plainly=True)
             self._averager.land(self._averager.flying[-1], now, wholly=True)
             self.are_one = True
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 import trainer
 from trainer.config import WorldConfig
@@ -47,17 +47,21 @@ class World:
         rank, size = dist.get_rank(), dist.get_world_size()
         if (launch.rank, launch.size) != (rank, size):  # a group that no launcher's variables describe
             launch = Launch(rank, size, rank, size)
-        return World(rank, size, launch.local_rank, launch.local_size, launch.node, device)
+        options = dist.group.WORLD._get_backend(device).options  # type: ignore[union-attr]  # there is a group
+        timeout_s = options._timeout.total_seconds()
+        return World(rank, size, launch.local_rank, launch.local_size, launch.node, device, timeout_s)
+
+    def new_group(self, ranks: Sequence[int] | None = None) -> Any:
+        """A further group of these ranks, or of all, with this world's time-out: torch's own default is another. Every
+        rank of the world must call it."""
+        return dist.new_group(ranks, timeout=timedelta(seconds=self.timeout_s))
 
     def new_levels(self) -> tuple[Any, Any]:
-        """Groups of this rank's node and of its place on every node, for collectives beside those of `mesh`.
-
-        A mesh would not do: along a dimension that holds all ranks it has the default group itself.
-        """
+        """Groups of this rank's node and of its place on every node; every rank must call it."""
         local, mine = self.local_size, []
         rows = [list(range(start, start + local)) for start in range(0, self.size, local)]
         for level in (rows, [list(column) for column in zip(*rows, strict=True)]):
-            groups = [dist.new_group(ranks) for ranks in level]  # every rank makes every group
+            groups = [self.new_group(ranks) for ranks in level]  # every rank makes every group
             mine += [group for ranks, group in zip(level, groups, strict=True) if self.rank in ranks]
         return mine[0], mine[1]
 
@@ -98,8 +102,9 @@ class World:
         """
         if self.size % self.local_size:
             raise ConfigError(f"{self.size} ranks, {self.local_size} on node {self.node}: every node needs as many")
-        shape = (self.size // self.local_size, self.local_size)
-        return init_device_mesh(self.device.type, shape, mesh_dim_names=("node", "local"))
+        within, between = self.new_levels()
+        ranks = torch.arange(self.size).view(-1, self.local_size)
+        return DeviceMesh.from_group([between, within], self.device.type, ranks, mesh_dim_names=("node", "local"))
 
 
 @contextmanager

@@ -12,7 +12,6 @@ from trainer.plan import Decision, Memory, Observation, Plan, WireFormat
 from trainer.policies.base import LrScaling, Policy, held, register
 from trainer.policies.goodput import Costs, Worth, drift_of, worth
 
-PERIODS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 FORMATS: tuple[WireFormat, ...] = ("float32", "int8", "int4")
 PROBE_ROUNDS = 2
 FULL_MEMORY = 0.9
@@ -156,7 +155,7 @@ class Autopilot(Policy):
     def _candidates(self, costs: Costs, largest: int) -> Iterator[Plan]:
         batch = self.batch_per_rank
         while batch <= largest:
-            for period in (period for period in PERIODS if period <= self.max_period_steps):
+            for period in (2**power for power in range(self.max_period_steps.bit_length())):
                 if period == 1:
                     yield Plan(batch, 1)
                     continue

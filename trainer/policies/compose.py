@@ -7,7 +7,8 @@ from typing import Any
 
 from trainer.errors import require
 from trainer.plan import Decision, Memory, Observation, Plan
-from trainer.policies.base import Policy, register
+from trainer.policies.autopilot import Autopilot
+from trainer.policies.base import Policy, policy_name, register
 from trainer.policies.batches import NoiseScale
 from trainer.policies.periods import QSR
 
@@ -26,6 +27,8 @@ class Compose(Policy):
         super().__post_init__()
         for name, policy in (("batch", self.batch), ("period", self.period)):
             rule = policy.lr_scaling
+            alone = "chooses batch and period by what both cost: use it alone, as policy.name"
+            require(name, policy_name(policy), not isinstance(policy, Autopilot), alone)
             require(f"{name}.lr_scaling", rule, rule == "none", "has no effect there: set policy.lr_scaling")
 
     def decide(self, seen: Observation, memory: Memory) -> Decision:

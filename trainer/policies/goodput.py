@@ -16,7 +16,10 @@ import numpy as np
 
 from trainer.plan import Observation, Plan
 
-BYTES_OF_FLOAT32 = {"float32": 1.0, "bf16": 0.5, "int8": 0.266, "int4": 0.141}
+GRADIENTS = "gradients"  # averaged at period 1, beside the formats that parameters are averaged in
+BYTES_OF_FLOAT32 = {GRADIENTS: 1.0, "float32": 1.0, "bf16": 0.5, "int8": 0.266, "int4": 0.141}
+HIDING_SHARE = 0.5
+"""Of a local step: the backward pass's, beside which gradients are averaged."""
 WORTH = {"float32": 1.0, "bf16": 1.0, "int8": 0.998, "int4": 0.99}
 """Of a sample by wire format, by judgement: int4 behind short periods ended 0.1 points below exact gradients
 (benchmarks/README.md)."""
@@ -53,7 +56,7 @@ class Costs:
     step_s: Mapping[str, float] = field(default_factory=dict)
     """Seconds of a local step by "batch averages" as seen, with the averages a step that go on beside training."""
     transfer_s: Mapping[str, float] = field(default_factory=dict)
-    """Seconds of an average by wire format, where it was seen."""
+    """Seconds of an average by wire format (or of gradients), where it was seen."""
     drift: float = math.nan
     """Divergence over the model's squared norm, a local step."""
     noise_scale: float = math.nan
@@ -67,14 +70,18 @@ class Costs:
         """With one more observation; what it did not measure stays as it was."""
         ran, found = seen.ran, self
         # a phase's first rounds pay for its beginning, and may tell of the transfer before it
-        begins = 2 if seen.delay_steps else 1  # rounds
+        # by the Plan: an evaluation takes an average sooner, but the steps before it ran beside the one before
+        begins = 2 if ran.delay_steps else 1  # rounds
         settled = ran == seen.plan and seen.phase_steps > begins * seen.steps > 0
         if settled and seen.slowest_compute_s > 0:
-            beside = 1 / ran.sync_period_steps if seen.delay_steps and ran.sync_period_steps > 1 else 0
+            beside = 1 / ran.sync_period_steps if ran.delay_steps and ran.sync_period_steps > 1 else 0
             seconds = seen.slowest_compute_s / seen.steps
             found = replace(found, step_s=_with(self.step_s, f"{ran.batch_per_rank} {beside:g}", seconds))
         if settled and seen.transfer_s > 0 and ran.sync_period_steps > 1:
-            found = replace(found, transfer_s=_with(self.transfer_s, ran.wire_format or "float32", seen.transfer_s))
+            found = replace(found, transfer_s=self._transfers(ran.wire_format or "float32", seen.transfer_s))
+        if settled and seen.sync_wait_s > 0 and seen.slowest_compute_s > 0 and ran.sync_period_steps == 1:
+            seconds = (seen.sync_wait_s + HIDING_SHARE * seen.slowest_compute_s) / seen.steps
+            found = replace(found, transfer_s=self._transfers(GRADIENTS, seconds))
         if seen.divergence > 0 and seen.model_sq_norm > 0 and seen.steps:
             # with a delay too: since a snapshot an average has come, so the next holds the steps between the two
             drift = seen.divergence / seen.model_sq_norm / seen.steps**DRIFT_POWER
@@ -86,6 +93,13 @@ class Costs:
             batch = max(self.memory_batch, ran.batch_per_rank)
             found = replace(found, memory_share=seen.memory_share, memory_batch=batch)
         return found
+
+    def _transfers(self, used: str, seconds: float) -> dict[str, float]:
+        """Seconds of a transfer with one more of what is in use; what is not in use moves as that does, since all go
+        by one network."""
+        found = _with(self.transfer_s, used, seconds)
+        moved = found[used] / self.transfer_s.get(used, found[used])
+        return {each: known if each == used else known * moved for each, known in found.items()}
 
     def step(self, batch: int) -> float:
         """Seconds of a local step, by what was measured; NaN where nothing was."""
@@ -170,8 +184,8 @@ def worth(plan: Plan, costs: Costs, ranks: int, base_batch: int, max_drift: floa
     ranks = max(ranks, 1)
     delay = plan.delay_steps if isinstance(plan.delay_steps, int) else 0
     step_s, transfer_s = costs.step(batch), costs.transfer(wire) if ranks > 1 else 0.0
-    if period == 1:  # gradients: about half of a step, the backward pass's, hides them
-        exposed = max(0.0, costs.transfer("float32") - 0.5 * step_s) if ranks > 1 else 0.0
+    if period == 1:
+        exposed = max(0.0, costs.transfer(GRADIENTS) - HIDING_SHARE * step_s) if ranks > 1 else 0.0
     else:
         exposed = max(0.0, transfer_s - delay * step_s)
     beside_s = costs.beside_s if delay and period > 1 else 0.0

@@ -48,7 +48,7 @@ class QSR(Policy):
         return Decision(self._plan(period), f"period {period}", why, {"lr": max(seen.lr, memory.get("lr", 0.0))})
 
     def plans(self) -> tuple[Plan, ...]:
-        return (self._plan(self.base_period_steps),)
+        return (self._plan(self.base_period_steps), self._plan(self.max_period_steps))
 
     def _plan(self, period: int) -> Plan:
         return Plan(self.batch_per_rank, sync_period_steps=period)
@@ -68,7 +68,7 @@ class AdaptivePeriod(Policy):
     interval_samples: int = 10_000
     """Samples (over all ranks) between two decisions."""
     shrink: float = 0.5
-    """γ: factor on the period where the rule does not lower it."""
+    """γ: factor on the period where the rule does not lower it; it falls by a step at least."""
     min_period_steps: int = 1
     """Shortest period."""
 
@@ -78,7 +78,10 @@ class AdaptivePeriod(Policy):
         require("shrink", self.shrink, 0 < self.shrink < 1, "must be above 0 and below 1")
         low, first = self.min_period_steps, self.plan.sync_period_steps
         require("plan.sync_period_steps", first, first >= max(2, low), f"must be at least {max(2, low)} steps")
-        replace(self.plan, sync_period_steps=low)  # refuses what the shortest period cannot hold
+        delay = self.plan.delay_steps
+        fits = not isinstance(delay, int) or delay <= low
+        require("min_period_steps", low, fits, f"must be at least policy.plan.delay_steps ({delay})")
+        replace(self.plan, sync_period_steps=low)  # refuses what else the shortest period cannot hold
 
     def decide(self, seen: Observation, memory: Memory) -> Decision:
         if seen.phase < 0:
@@ -92,7 +95,7 @@ class AdaptivePeriod(Policy):
         kept["next"] = (seen.samples // self.interval_samples + 1) * self.interval_samples
         before = seen.plan.sync_period_steps
         rule = math.sqrt(seen.train_loss / first) * self.plan.sync_period_steps
-        period = math.ceil(rule if rule <= before - 1 else self.shrink * before)
+        period = math.ceil(rule) if rule <= before - 1 else min(math.ceil(self.shrink * before), before - 1)
         plan = replace(self.plan, sync_period_steps=max(self.min_period_steps, period))
         why = {"train_loss": seen.train_loss, "first_loss": first, "rule": rule}
         return Decision(plan, self._name(plan), why, kept)
