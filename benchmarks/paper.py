@@ -1,6 +1,6 @@
 """The headline table of "On Using Large-Batches in Federated Learning" (Tyagi 2025, arXiv 2509.10537), at four ranks.
 
-    python -m benchmarks.paper [--models resnet50 vgg11] [--seeds 3] [--iterations 150] [--stem small] [--quick]
+    python -m benchmarks.paper [--models resnet50 vgg11] [--seeds 3] [--iterations 150] [--stem torchvision] [--quick]
 
 Small batches (8 a rank) and large ones (64 a rank) at period 1; the two in turn (8 at period 8, then 64 at period 1),
 for as many steps each at one learning rate (`alternating`), or seven large steps to a small one at √8 times its rate
@@ -355,7 +355,7 @@ def read_settings() -> Settings:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, help="which to run")
     parser.add_argument("--seeds", type=int, default=3, help="finals a method; 0: only tune")
     parser.add_argument("--iterations", type=int, default=150)
-    parser.add_argument("--stem", default="small", choices=("small", "torchvision"))
+    parser.add_argument("--stem", default="torchvision", choices=("small", "torchvision"))
     parser.add_argument("--test-limit", type=int, default=2_000, help="test samples, drawn by the seed")
     parser.add_argument("--hessian-samples", type=int, default=256)
     parser.add_argument("--quick", action="store_true", help="8 iterations, one seed, one rate; keeps nothing")
