@@ -1,6 +1,7 @@
 """Communication that training waits for, and samples/s against compute alone, by link, wire format and delay.
 
-    python -m benchmarks.overlap [--repeats 5] [--quick]
+    python -m benchmarks.overlap [--repeats 5] [--rounds 12] [--links 100mbit-2 ...] [--ways "int8, delay auto" ...]
+                                 [--quick]
 
 Ranks on hosts of their own, one core each, train the FedAvg CNN for some rounds of 16 local steps in every way, one way
 after another and all again `repeats` times, in one process each, on one set of hosts. `alone` sends nothing. A row's
@@ -29,6 +30,7 @@ from trainer.config import WorldConfig
 from trainer.world import World, open_world
 
 RESULTS = Path("benchmarks/results/overlap")
+HALVES: dict[str, Any] = {"wire_format": "int8", "delay_steps": "auto", "fragments": 2}
 WAYS: dict[str, dict[str, Any]] = {
     "alone": {"period": 10**9},
     "float32, blocking": {},
@@ -42,8 +44,10 @@ WAYS: dict[str, dict[str, Any]] = {
         "fragments": 4,
     },
     "int4, delay auto": {"wire_format": "int4", "delay_steps": "auto", "max_delay_steps": 16},
+    "int8, delay auto, 2 fragments": HALVES,
+    "int8, delay auto, 2 fragments, outer 0.4": {**HALVES, "outer": "fedavgm", "outer_momentum": 0.4},
 }
-LINKS = [("1gbit", 2), ("100mbit", 2), ("100mbit", 4), ("10mbit", 2)]
+LINKS = {"1gbit-2": ("1gbit", 2), "100mbit-2": ("100mbit", 2), "100mbit-4": ("100mbit", 4), "10mbit-2": ("10mbit", 2)}
 
 
 def one(world: World, name: str, rounds: int) -> dict[str, float]:
@@ -70,13 +74,13 @@ def one(world: World, name: str, rounds: int) -> dict[str, float]:
     }
 
 
-def worker(out: Path, rounds: int, repeats: int) -> None:
+def worker(out: Path, ways: list[str], rounds: int, repeats: int) -> None:
     """One rank of one link: every way, again and again."""
     torch.set_num_threads(1)
     found = []
     with open_world(WorldConfig(backend="gloo")) as world:
         for repeat in range(repeats):
-            found += [{"way": name, "repeat": repeat, **one(world, name, rounds)} for name in WAYS]
+            found += [{"way": name, "repeat": repeat, **one(world, name, rounds)} for name in ways]
     if world.rank == 0:
         out.write_text(json.dumps({"rounds": rounds, "provenance": provenance(), "repeats": found}, indent=1) + "\n")
 
@@ -84,8 +88,8 @@ def worker(out: Path, rounds: int, repeats: int) -> None:
 def rows(folder: Path) -> list[list[str]]:
     """A row a link and way."""
     lines = []
-    for rate, count in LINKS:
-        path = folder / f"{rate}-{count}.json"
+    for place, (rate, count) in LINKS.items():
+        path = folder / f"{place}.json"
         found = json.loads(path.read_text()) if path.exists() else {"repeats": []}
         by_way: dict[str, list[dict[str, float]]] = {}
         for repeat in found["repeats"]:
@@ -116,21 +120,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.overlap", description=__doc__)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--links", nargs="+", default=list(LINKS), choices=list(LINKS))
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS), help="`alone` goes with them")
     parser.add_argument("--quick", action="store_true", help="one link, few rounds, one repeat; keeps nothing")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    ways = ["alone", *(name for name in args.ways if name != "alone")]
     if args.worker:
-        worker(args.worker, args.rounds, args.repeats)
+        worker(args.worker, ways, args.rounds, args.repeats)
         return
     folder = Path(tempfile.mkdtemp()) if args.quick else RESULTS
     folder.mkdir(parents=True, exist_ok=True)
     size = ["--rounds", "4", "--repeats", "1"] if args.quick else ["--rounds", str(args.rounds)]
     size += [] if args.quick else ["--repeats", str(args.repeats)]
-    for rate, count in LINKS[1:2] if args.quick else LINKS:
-        out = folder / f"{rate}-{count}.json"
+    for place in ["100mbit-2"] if args.quick else args.links:
+        out, (rate, count) = folder / f"{place}.json", LINKS[place]
         if not out.exists():
             with hosts(count, rate) as shaped:
-                shaped.run("benchmarks.overlap", *size, "--worker", str(out.resolve()), timeout_s=1800)
+                shaped.run("benchmarks.overlap", *size, "--ways", *ways, "--worker", str(out.resolve()), timeout_s=1800)
     head = ["link", "hosts", "way", "samples/s", "of compute alone", "range"]
     head += ["exposed ms a round", "transfer ms", "delay steps"]
     print(write_table(folder.parent / f"{folder.name}.md", head, rows(folder)))

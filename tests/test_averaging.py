@@ -249,6 +249,14 @@ def test_outer_rules_by_hand(outer: Any, delay: int) -> None:
         torch.testing.assert_close(weights[4 * round_ + 3 + delay].double(), replicas[0].double(), rtol=1e-4, atol=1e-5)
 
 
+def test_an_outer_optimizer_begins_anew_after_averaged_gradients() -> None:
+    """A round of period 4 on each side of them: without what the first moved, momentum adds nothing to the second."""
+    policy = Alternating(small=Plan(8, 4), large=Plan(8, 1), steps_per_phase=4)
+    plain = run(2, train, SyncConfig(observe_steps=4), policy, 12)
+    ours = run(2, train, SyncConfig(observe_steps=4, outer="fedavgm", outer_momentum=0.5), policy, 12)
+    torch.testing.assert_close(ours[0][0][-1], plain[0][0][-1], rtol=1e-5, atol=1e-6)
+
+
 def test_slowmo_stands_still_where_a_schedule_ends_at_rate_0() -> None:
     outer = Outer("slowmo", torch.zeros(4), None, None)
     moved = outer.direct_(torch.full((4,), 0.2), slice(0, 4), 0.1)

@@ -78,6 +78,11 @@ class Outer:
         self._rule.direct(delta.div_(unit), moments, self._beta)
         return delta.mul_(self._lr * unit)
 
+    def forget(self) -> None:
+        """Begin anew: what was averaged before says nothing of what follows."""
+        for name, moment in self._moments.items():
+            moment.fill_(self._rule.begins[name])
+
     def state_dict(self) -> dict[str, Any]:
         """Moments, for a checkpoint."""
         return self._moments

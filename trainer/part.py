@@ -79,10 +79,13 @@ class Part:
             self.values[chunk] = base[chunk] + mean
 
     def rebase(self) -> None:
-        """The replicas were made one by other means: displacements count from here, and nothing is owed."""
+        """The replicas were made one by other means: displacements count from here, nothing is owed, and an outer
+        optimizer begins anew."""
         if self._base is not None:
             self._base.copy_(self.values)
             self._outgoing = self._owed_within = None
+        if self._outer is not None:
+            self._outer.forget()
         for exchange in (self._exchange, self._within):
             if exchange is not None:
                 exchange.forget()
