@@ -7,11 +7,11 @@ Every run is `python -m trainer` on hosts of their own (network namespaces, one 
 FedAvg CNN on Fashion-MNIST, 118,784 samples, SGD with Nesterov momentum 0.9, cosine, evaluated every 10,000 samples.
 `grid` stands for sixteen constant Plans: batch 16, 32, 64, 128 a rank and period 4, 8, 16, 64, whose rate follows the
 batch as the autopilot's does (the square root, since a constant Plan has no base to gain on). All that average
-parameters send int8 behind delays that hide them; a policy that sets its own is left to it, and `autopilot_plain` is
-the autopilot without its recipe's outer momentum. `synchronous` and
-`large_batch` average gradients at every step, at 32 and 128 samples a rank. With `--tune` each method first tries the
-same three rates at one seed, and goes on with the one that was soonest at the accuracy; without, all have 0.05. A
-finished run is kept in results/policies/ and skipped the next time. Needs root and iproute2.
+parameters send int8 behind delays that hide them; a policy that sets its own is left to it, and `autopilot_outer` is
+the autopilot with outer momentum (fedavgm, 0.4). `synchronous` and `large_batch` average gradients at every step, at 32
+and 128 samples a rank. With `--tune` each method first tries the same three rates at one seed, and goes on with the one
+that was soonest at the accuracy; without, all have 0.05. A finished run is kept in results/policies/ and skipped the
+next time. Needs root and iproute2.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ RECIPES = {
     **dict.fromkeys(("selsync", "fda"), AT_ONCE),
     "swap": [],
     "autopilot": [],
-    "autopilot_plain": ["--sync.outer", "none", "--sync.outer-momentum", "None"],
+    "autopilot_outer": ["--sync.outer", "fedavgm", "--sync.outer-momentum", "0.4"],
     "synchronous": [],
     "large_batch": ["--policy.lr-scale", str(math.sqrt(128 / 32))],
 }
@@ -62,7 +62,7 @@ def flags_of(method: str) -> list[str]:
     """The command line that makes a method."""
     if method in GRID:
         return GRID[method]
-    return ["--recipe", f"launch/recipes/{method.removesuffix('_plain')}.toml", *RECIPES[method]]
+    return ["--recipe", f"launch/recipes/{method.removesuffix('_outer')}.toml", *RECIPES[method]]
 
 
 def measure(shaped: Hosts, method: str, seed: int, rate: float, samples: int, out: Path) -> None:
