@@ -1,7 +1,7 @@
 """The frontier of policies: time to an accuracy, final accuracy, bytes and samples/s over links of a given rate.
 
     python -m benchmarks.policies [--rate 100mbit] [--hosts 2] [--seeds 3] [--methods grid autopilot qsr ...]
-                                  [--tune] [--quick]
+                                  [--tune] [--series NAME] [--quick]
 
 Every run is `python -m trainer` on hosts of their own (network namespaces, one core each), as a user starts it: the
 FedAvg CNN on Fashion-MNIST, 118,784 samples, SGD with Nesterov momentum 0.9, cosine, evaluated every 10,000 samples.
@@ -46,23 +46,22 @@ GRID = {
     for batch in (16, 32, 64, 128)
     for period in (4, 8, 16, 64)
 }
+
+
+def recipe(name: str, *flags: str) -> list[str]:
+    """The command line of a recipe."""
+    return ["--recipe", f"launch/recipes/{name}.toml", *flags]
+
+
+HIDING = ("alternating", "post_local", "qsr", "batch_growth", "noise_scale", "norm_test", "adaptive_period", "cycle")
 RECIPES = {
-    **dict.fromkeys(("alternating", "post_local", "qsr", "batch_growth", "noise_scale", "norm_test"), HIDDEN),
-    **dict.fromkeys(("adaptive_period", "cycle", "compose"), HIDDEN),
-    **dict.fromkeys(("selsync", "fda"), AT_ONCE),
-    "swap": [],
-    "autopilot": [],
-    "autopilot_outer": ["--sync.outer", "fedavgm", "--sync.outer-momentum", "0.4"],
-    "synchronous": [],
-    "large_batch": ["--policy.lr-scale", str(math.sqrt(128 / 32))],
+    **{name: recipe(name, *HIDDEN) for name in (*HIDING, "compose")},
+    **{name: recipe(name, *AT_ONCE) for name in ("selsync", "fda")},
+    **{name: recipe(name) for name in ("swap", "autopilot", "synchronous")},
+    "autopilot_outer": recipe("autopilot", "--sync.outer", "fedavgm", "--sync.outer-momentum", "0.4"),
+    "large_batch": recipe("large_batch", "--policy.lr-scale", str(math.sqrt(128 / 32))),
 }
-
-
-def flags_of(method: str) -> list[str]:
-    """The command line that makes a method."""
-    if method in GRID:
-        return GRID[method]
-    return ["--recipe", f"launch/recipes/{method.removesuffix('_outer')}.toml", *RECIPES[method]]
+METHODS = GRID | RECIPES
 
 
 def measure(shaped: Hosts, method: str, seed: int, rate: float, samples: int, out: Path) -> None:
@@ -73,7 +72,7 @@ def measure(shaped: Hosts, method: str, seed: int, rate: float, samples: int, ou
         flags += ["--optim.lr", str(rate), "--eval.every-samples", str(samples // 12), "--world.backend", "gloo"]
         flags += ["--record.reference-s", "0", "--record.no-tensorboard", "--record.no-progress"]
         try:
-            shaped.run("trainer", *flags_of(method), *flags, timeout_s=3_600)
+            shaped.run("trainer", *METHODS[method], *flags, timeout_s=3_600)
         except RuntimeError as error:
             if "no finite loss" not in str(error):
                 raise
@@ -162,13 +161,14 @@ def main() -> None:
     parser.add_argument("--rate", default="100mbit", help="of every link")
     parser.add_argument("--hosts", type=int, default=2)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--methods", nargs="+", default=["grid", *RECIPES], choices=["grid", *GRID, *RECIPES])
+    parser.add_argument("--methods", nargs="+", default=["grid", *RECIPES], choices=["grid", *METHODS])
     parser.add_argument("--tune", action="store_true", help="try three rates for each method first")
+    parser.add_argument("--series", help="of another machine or day, whose results lie apart under this name")
     parser.add_argument(
         "--quick", action="store_true", help="a few methods, one seed, a third of the samples; no trace"
     )
     args = parser.parse_args()
-    place = f"{args.rate}-{args.hosts}"
+    place = "-".join([args.rate, str(args.hosts), *([args.series] if args.series else [])])
     folder = Path(tempfile.mkdtemp()) if args.quick else RESULTS / place
     folder.mkdir(parents=True, exist_ok=True)
     methods = ["b32_H4", "b32_H16", "b64_H16", "qsr", "noise_scale", "selsync", "autopilot"] if args.quick else []

@@ -192,7 +192,7 @@ def test_an_average_beside_training_is_not_free() -> None:
 
 
 def test_worth_is_throughput_times_efficiency() -> None:
-    costs = Costs(step_s={"10 0": 0.1}, transfer_s={"float32": 1.0}, noise_scale=200.0, drift=1e-3)
+    costs = Costs(step_s={"10 0": 0.1}, transfer_s={"float32": 1.0}, noise_scale=200.0, unit_drift=0.1, lr=0.1)
     blocking = worth(Plan(10, 4, delay_steps=0, wire_format="float32"), costs, 2, 10, 0.01)
     assert blocking.samples_per_s == pytest.approx(2 * 10 * 4 / (0.4 + 1.0))
     assert blocking.efficiency == pytest.approx(1 / (1 + 3.2e-3 / 0.01)), "4^2.5 / (2.5 * 4) = 3.2"
@@ -236,6 +236,15 @@ def test_drift_is_learned_from_snapshots_which_a_delay_leaves_as_far_apart() -> 
     assert at_once.drift == late.drift == pytest.approx(1e-5)
 
 
+def test_drift_follows_the_learning_rate_at_once() -> None:
+    costs = Costs()
+    for lr in (0.001, 0.002, 0.003):  # a warm-up: steps, and so distances, grow with the rate
+        costs = costs.saw(seen_by(Plan(32, 8), round=1, transfer_s=0.1, lr=lr, divergence=8**1.5 * 10 * lr**2))
+        assert costs.drift == pytest.approx(10 * lr**2)
+    later = costs.saw(replace(Observation(), lr=0.1))
+    assert later.drift == pytest.approx(0.1), "and is known for a rate that it was not measured at"
+
+
 def seen_by(
     plan: Plan, *, round: int, transfer_s: float, noise: float = 2_000.0, memory: float = math.nan, **figures: float
 ) -> Observation:
@@ -257,6 +266,7 @@ def seen_by(
             noise_scale=noise,
             divergence=1e-5 * steps**1.5,
             model_sq_norm=1.0,
+            lr=1.0,
             progress=0.1,
             memory_share=memory * plan.batch_per_rank,
         ),

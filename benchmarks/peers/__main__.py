@@ -129,13 +129,14 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=DEFAULT, choices=list(METHODS))
     parser.add_argument("--lr", type=float, default=LR, help="peak learning rate of these runs")
     parser.add_argument("--steps", type=int, help="stop after so many local steps; accuracy then means little")
+    parser.add_argument("--series", help="of another machine or day, whose results lie apart under this name")
     parser.add_argument("--quick", action="store_true", help="64 steps and one seed of every method; keeps nothing")
     parser.add_argument("--worker", nargs=3, metavar=("METHOD", "SEED", "OUT"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         worker(args.worker[0], int(args.worker[1]), args.lr, args.steps, Path(args.worker[2]))
         return
-    place = f"{args.rate or 'loopback'}-{args.hosts}"
+    place = "-".join([args.rate or "loopback", str(args.hosts), *([args.series] if args.series else [])])
     folder = Path(tempfile.mkdtemp()) if args.quick else RESULTS / place
     folder.mkdir(parents=True, exist_ok=True)
     steps = 64 if args.quick else args.steps

@@ -24,6 +24,7 @@ WORTH = {"float32": 1.0, "bf16": 1.0, "int8": 0.998, "int4": 0.99}
 """Of a sample by wire format, by judgement: int4 behind short periods ended 0.1 points below exact gradients
 (benchmarks/README.md)."""
 FIT_DECAY = 0.9
+LEAST_LR = 1e-12  # below it nothing moves by the rate
 DRIFT_POWER = 1.5
 """Squared distance of replicas by local steps: 1 for a random walk, up to 3 within the memory of a momentum."""
 
@@ -57,8 +58,10 @@ class Costs:
     """Seconds of a local step by "batch averages" as seen, with the averages a step that go on beside training."""
     transfer_s: Mapping[str, float] = field(default_factory=dict)
     """Seconds of an average by wire format (or of gradients), where it was seen."""
-    drift: float = math.nan
-    """Divergence over the model's squared norm, a local step."""
+    unit_drift: float = math.nan
+    """Divergence over the model's squared norm, of one local step at a learning rate of 1."""
+    lr: float = math.nan
+    """The latest learning rate."""
     noise_scale: float = math.nan
     """In samples."""
     memory_share: float = math.nan
@@ -82,11 +85,13 @@ class Costs:
         if settled and seen.sync_wait_s > 0 and seen.slowest_compute_s > 0 and ran.sync_period_steps == 1:
             seconds = (seen.sync_wait_s + HIDING_SHARE * seen.slowest_compute_s) / seen.steps
             found = replace(found, transfer_s=self._transfers(GRADIENTS, seconds))
-        if seen.divergence > 0 and seen.model_sq_norm > 0 and seen.steps:
+        if seen.lr > 0:
+            found = replace(found, lr=seen.lr)
+        if seen.divergence > 0 and seen.model_sq_norm > 0 and seen.steps and seen.lr > LEAST_LR:
             # with a delay too: since a snapshot an average has come, so the next holds the steps between the two
-            drift = seen.divergence / seen.model_sq_norm / seen.steps**DRIFT_POWER
-            before = self.drift if self.drift > 0 else drift
-            found = replace(found, drift=FIT_DECAY * before + (1 - FIT_DECAY) * drift)
+            drift = seen.divergence / seen.model_sq_norm / seen.steps**DRIFT_POWER / seen.lr**2
+            before = self.unit_drift if self.unit_drift > 0 else drift
+            found = replace(found, unit_drift=FIT_DECAY * before + (1 - FIT_DECAY) * drift)
         if seen.noise_scale > 0:
             found = replace(found, noise_scale=seen.noise_scale)
         if seen.memory_share > 0:
@@ -111,6 +116,12 @@ class Costs:
         """Seconds by which an average slows the local steps that it goes on beside, in all: its work is done by the
         cores, and the memory, that train."""
         return self._fit[2]
+
+    @property
+    def drift(self) -> float:
+        """Divergence over the model's squared norm, of one local step at the latest learning rate: as steps are, it is
+        taken to be in proportion to that rate, so that a warm-up is not mistaken for replicas that hardly part."""
+        return self.unit_drift * self.lr**2
 
     @cached_property
     def _fit(self) -> tuple[float, float, float]:
