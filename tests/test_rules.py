@@ -201,6 +201,8 @@ def test_worth_is_throughput_times_efficiency() -> None:
     assert hidden.samples_per_s == pytest.approx(2 * 20 * 4 / 0.8)
     drift = 1e-3 * (8**2.5 - 4**2.5) / (2.5 * 4)
     assert hidden.efficiency == pytest.approx(0.998 * (200 + 20) / (200 + 40) / (1 + drift / 0.01))
+    of_four = worth(Plan(10, 4, delay_steps=0, wire_format="float32"), costs, 4, 10, 0.01)
+    assert of_four.efficiency == pytest.approx(1 / (1 + 3 * 3.2e-3 / 0.01)), "replicas' distance against their mean's"
     gradients = worth(Plan(10, 1), costs, 2, 10, 0.01)
     assert gradients.samples_per_s == pytest.approx(20 / (0.1 + 0.95))
     assert gradients.efficiency == 1.0

@@ -45,8 +45,8 @@ class Autopilot(Policy):
     max_delay_steps: int = 16
     """Longest delay."""
     max_divergence: float = 0.003
-    """Bound on the mean squared distance of replicas from their mean, over the mean's squared norm: there a sample is
-    held to teach half."""
+    """Bound on the mean squared distance of replicas from their mean, over the mean's squared norm, of two ranks; of N
+    ranks an (N - 1)th of it. There a sample is held to teach half."""
     target: Literal["time", "bytes", "accuracy"] = "time"
     """What is sought: the most goodput, efficiency counted three times or (accuracy) twelve times; or the fewest bytes
     at half of that or more."""
@@ -110,7 +110,7 @@ class Autopilot(Policy):
         late = seen.progress >= self.late_from
         largest = self.batch_per_rank if late else self._largest(costs)
         entering = late and not seen.phase_name.startswith("late")
-        apart = drift_of(seen.plan, costs) > SLACK * self.max_divergence
+        apart = drift_of(seen.plan, costs, seen.ranks) > SLACK * self.max_divergence
         forced = at_once or entering or apart or seen.plan.batch_per_rank > largest
         if not forced and kept["since"] < self.min_stay_steps:
             return Decision(seen.plan, seen.phase_name, why, kept)

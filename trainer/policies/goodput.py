@@ -163,7 +163,7 @@ class Worth:
     bytes_per_sample: float
     """Of float32 values: averages a sample, times the format's share."""
     drift: float
-    """Divergence over the model's squared norm, mean over the steps of a round."""
+    """As `drift_of` tells it."""
 
     @property
     def goodput(self) -> float:
@@ -201,7 +201,7 @@ def worth(plan: Plan, costs: Costs, ranks: int, base_batch: int, max_drift: floa
         exposed = max(0.0, transfer_s - delay * step_s)
     beside_s = costs.beside_s if delay and period > 1 else 0.0
     round_s = period * step_s + beside_s + exposed
-    efficiency, drift = 1.0, drift_of(plan, costs)
+    efficiency, drift = 1.0, drift_of(plan, costs, ranks)
     if batch > base_batch:
         noise = costs.noise_scale
         efficiency = (noise + ranks * base_batch) / (noise + ranks * batch)
@@ -212,13 +212,17 @@ def worth(plan: Plan, costs: Costs, ranks: int, base_batch: int, max_drift: floa
     return Worth(plan, ranks * batch * period / round_s if round_s > 0 else math.inf, efficiency, sent, drift)
 
 
-def drift_of(plan: Plan, costs: Costs) -> float:
-    """Divergence over the model's squared norm that a Plan leads to, mean over a round's steps; 0 where none was seen.
+def drift_of(plan: Plan, costs: Costs, ranks: int) -> float:
+    """Divergence over the model's squared norm that a Plan leads to, mean over a round's steps, times the ranks less
+    one; 0 where none was seen.
 
-    A delay of D makes replicas D steps' worth apart when they take an average, and period + D steps' just before.
+    A delay of D makes replicas D steps' worth apart when they take an average, and period + D steps' just before. N
+    replicas are N − 1 times as far from their mean (squared) as it is from where it would be without noise, and they
+    make an Nth of the steps: the more ranks, the shorter periods have to be (by the bound of Yu, Yang and Zhu 2019,
+    arXiv 1807.06629, in proportion to N^(-3/4), with which this distance falls as N^(-9/8)).
     """
     period, delay = plan.sync_period_steps, plan.delay_steps if isinstance(plan.delay_steps, int) else 0
     if period == 1 or not costs.drift > 0:
         return 0.0
     power = DRIFT_POWER + 1
-    return costs.drift * float((period + delay) ** power - delay**power) / (power * period)
+    return max(ranks - 1, 0) * costs.drift * float((period + delay) ** power - delay**power) / (power * period)
