@@ -21,7 +21,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from benchmarks.provenance import provenance
-from benchmarks.shaped import Hosts, hosts
+from benchmarks.shaped import Hosts, hosts, place_of
 from trainer.recipes import load
 
 RECIPES = ("synchronous", "large_batch", "local_sgd", "alternating", "autopilot")
@@ -108,7 +108,7 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES))
     parser.add_argument("--quick", action="store_true", help="one seed of a tenth of the samples; keeps nothing")
     args = parser.parse_args()
-    place = f"{args.rate or 'loopback'}-{args.hosts}"
+    place = place_of(args.rate, args.hosts)
     folder = Path(tempfile.mkdtemp()) if args.quick else RESULTS / place
     folder.mkdir(parents=True, exist_ok=True)
     short = ["--run.samples", "16000"] if args.quick else []

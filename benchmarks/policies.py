@@ -29,7 +29,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from benchmarks.provenance import provenance
-from benchmarks.shaped import Hosts, hosts, write_table
+from benchmarks.shaped import Hosts, hosts, place_of, write_table
 from trainer.report.runs import load_run, time_to_accuracy
 
 RESULTS = Path("benchmarks/results/policies")
@@ -53,9 +53,9 @@ def recipe(name: str, *flags: str) -> list[str]:
     return ["--recipe", f"launch/recipes/{name}.toml", *flags]
 
 
-HIDING = ("alternating", "post_local", "qsr", "batch_growth", "noise_scale", "norm_test", "adaptive_period", "cycle")
 RECIPES = {
-    **{name: recipe(name, *HIDDEN) for name in (*HIDING, "compose")},
+    **{name: recipe(name, *HIDDEN) for name in ("alternating", "post_local", "qsr", "adaptive_period", "cycle")},
+    **{name: recipe(name, *HIDDEN) for name in ("batch_growth", "noise_scale", "norm_test", "compose")},
     **{name: recipe(name, *AT_ONCE) for name in ("selsync", "fda")},
     **{name: recipe(name) for name in ("swap", "autopilot", "synchronous")},
     "autopilot_outer": recipe("autopilot", "--sync.outer", "fedavgm", "--sync.outer-momentum", "0.4"),
@@ -168,7 +168,7 @@ def main() -> None:
         "--quick", action="store_true", help="a few methods, one seed, a third of the samples; no trace"
     )
     args = parser.parse_args()
-    place = "-".join([args.rate, str(args.hosts), *([args.series] if args.series else [])])
+    place = place_of(args.rate, args.hosts, args.series)
     folder = Path(tempfile.mkdtemp()) if args.quick else RESULTS / place
     folder.mkdir(parents=True, exist_ok=True)
     methods = ["b32_H4", "b32_H16", "b64_H16", "qsr", "noise_scale", "selsync", "autopilot"] if args.quick else []

@@ -96,6 +96,11 @@ def interface_bytes() -> int:
     return int(out.split("TX:")[1].split("\\")[1].split()[0])
 
 
+def place_of(rate: str, hosts: int, series: str | None = None) -> str:
+    """What results over such links are kept under; a series, of another machine or day, lies apart."""
+    return "-".join([rate or "loopback", str(hosts), *([series] if series else [])])
+
+
 def write_table(path: Path, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table, also written to `path`."""
     lines = ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)]

@@ -1,7 +1,7 @@
 """Ebbtide and its peers on the very same work, over links of a given rate.
 
     python -m benchmarks.peers [--rate 100mbit] [--hosts 2] [--seeds 3] [--methods ebbtide accelerate ...] [--lr 0.05]
-                              [--quick]
+                              [--series NAME] [--quick]
 
 The work: the FedAvg CNN on Fashion-MNIST, batch 32 a rank, period 16, SGD 0.05 with Nesterov momentum 0.9, cosine,
 118,784 samples over all ranks (1,856 local steps of two ranks: a whole number of rounds). Every method gets the same
@@ -28,7 +28,7 @@ import torch.distributed as dist
 
 from benchmarks.peers.methods import METHODS
 from benchmarks.provenance import provenance
-from benchmarks.shaped import hosts, interface_bytes, write_table
+from benchmarks.shaped import hosts, interface_bytes, place_of, write_table
 from benchmarks.work import BATCH, LR, PERIOD, SAMPLES, Work
 from trainer.collectives import Collectives
 from trainer.config import WorldConfig
@@ -136,7 +136,7 @@ def main() -> None:
     if args.worker:
         worker(args.worker[0], int(args.worker[1]), args.lr, args.steps, Path(args.worker[2]))
         return
-    place = "-".join([args.rate or "loopback", str(args.hosts), *([args.series] if args.series else [])])
+    place = place_of(args.rate, args.hosts, args.series)
     folder = Path(tempfile.mkdtemp()) if args.quick else RESULTS / place
     folder.mkdir(parents=True, exist_ok=True)
     steps = 64 if args.quick else args.steps

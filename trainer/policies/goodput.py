@@ -119,8 +119,8 @@ class Costs:
 
     @property
     def drift(self) -> float:
-        """Divergence over the model's squared norm, of one local step at the latest learning rate: as steps are, it is
-        taken to be in proportion to that rate, so that a warm-up is not mistaken for replicas that hardly part."""
+        """Divergence over the model's squared norm, of one local step at the latest learning rate: taken to be in
+        proportion to its square, so that a warm-up is not mistaken for replicas that hardly part."""
         return self.unit_drift * self.lr**2
 
     @cached_property
