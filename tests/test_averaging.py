@@ -17,7 +17,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from trainer import Alternating, Constant, LocalSGD, Plan, SyncConfig
+from trainer.collectives import Collectives
 from trainer.outer import Outer
+from trainer.replica import Replica
 from trainer.world import World
 
 FEATURES, CLASSES, LR = 6, 3, 0.1
@@ -99,6 +101,114 @@ def test_a_delayed_average_is_the_hand_computed_correction(ranks: int, delay: in
         for step, (ours, theirs) in enumerate(zip(weights[:11], expected, strict=True)):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6, msg=f"rank {rank}, step {step}")
         assert torch.equal(weights[-1], results[0][0][-1])
+
+
+MOMENTUM = 0.8
+
+
+def momenta(world: World, settings: SyncConfig, steps: int) -> list[tuple[Values, Values]]:
+    """Weights and momenta after every local step."""
+    model, seen = new_model(), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=MOMENTUM)
+    with LocalSGD(model, optimizer, Constant(Plan(8, 4)), settings=settings, world=world) as sync:
+        for step in range(steps):
+            trained(sync, world.rank, step)
+            seen.append((model.weight.detach().clone(), optimizer.state[model.weight]["momentum_buffer"].clone()))
+    return seen
+
+
+@pytest.mark.parametrize("delay", [1, 2, 4])
+def test_a_delayed_average_of_momenta_keeps_what_came_since(delay: int) -> None:
+    """By hand: momenta a delay ago, averaged, decay in its steps as a momentum does, and the gradients since add up on
+    top; a delay as long as a round must not freeze them."""
+    results = run(2, momenta, SyncConfig(delay_steps=delay, state="average"), 13)
+    weights = [new_model().weight.detach() for _ in range(2)]
+    momentum = [torch.zeros_like(weights[0]) for _ in range(2)]
+    sent: list[tuple[Values, Values]] = []
+    for step in range(13):
+        for rank in range(2):
+            gradient = (weights[rank] - one_step(weights[rank], rank, step)) / LR
+            momentum[rank] = MOMENTUM * momentum[rank] + gradient
+            weights[rank] = weights[rank] - LR * momentum[rank]
+        if sent and (step + 1 - delay) % 4 == 0:
+            for each, share in ((weights, 1.0), (momentum, MOMENTUM**delay)):
+                then = [pair[0 if each is weights else 1] for pair in sent]
+                each[:] = [now + share * (sum(then) / 2 - mine) for now, mine in zip(each, then, strict=True)]
+        if (step + 1) % 4 == 0:
+            sent = list(zip(weights, momentum, strict=True))
+        for rank in range(2):
+            torch.testing.assert_close(results[rank][step], (weights[rank], momentum[rank]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        lambda parameters: torch.optim.SGD(parameters, lr=LR, momentum=0.9),
+        lambda parameters: torch.optim.AdamW(parameters, lr=LR),
+        lambda parameters: torch.optim.RMSprop(parameters, lr=LR, momentum=0.5, centered=True),
+        lambda parameters: torch.optim.Adagrad(parameters, lr=LR),
+    ],
+)
+def test_a_corrected_optimizer_state_is_as_if_it_had_begun_from_the_average(optimizer: Any) -> None:
+    """Of the same gradients on top of a rank's own state and of another, corrected, and never corrected."""
+    draw = torch.Generator().manual_seed(0)
+    gradients = torch.randn(6, CLASSES, FEATURES, generator=draw)
+
+    def begun(history: Values) -> Replica:
+        model = new_model()
+        replica = Replica(model, optimizer(model.parameters()), Collectives(World(), None, 2**20))
+        advance(replica, history)
+        return replica
+
+    def advance(replica: Replica, history: Values) -> None:
+        for gradient in history:
+            replica.parameters[0].grad = gradient.clone()
+            replica.optimizer.step()
+
+    own, other = begun(gradients[:3]), begun(10 * gradients[3:])
+    snapshot, mean = ({place: each.clone() for place, each in one.state().items()} for one in (own, other))
+    advance(own, gradients[2:6])
+    advance(other, gradients[2:6])
+    own.correct_state(mean, snapshot, 4)
+    assert own.state()
+    for place, value in own.state().items():
+        if place[1] != "momentum_buffer" or "alpha" not in own.optimizer.param_groups[0]:  # RMSprop's is not linear
+            torch.testing.assert_close(value, other.state()[place], rtol=1e-4, atol=1e-5, msg=str(place))
+
+
+class Normed(nn.Module):
+    """Keeps the running mean that its statistics should have by themselves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(FEATURES, momentum=0.3)
+        self.expected = [torch.zeros(FEATURES)]
+
+    def forward(self, x: Values) -> Values:
+        self.expected.append(0.7 * self.expected[-1] + 0.3 * x.mean(dim=0))
+        found: Values = self.norm(x)[:, :CLASSES]
+        return found
+
+
+def running_means(world: World) -> tuple[Values, Values, Values]:
+    """Before the end, what they should be there, and the consensus model's."""
+    model = Normed()
+    settings = SyncConfig(delay_steps=2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    with LocalSGD(model, optimizer, Constant(Plan(8, 2)), settings=settings, world=world) as sync:
+        for step in range(11):
+            trained(sync, world.rank, step)
+        own = model.norm.running_mean.clone()
+        with sync.consensus():
+            return own, model.expected[-1], model.norm.running_mean.clone()
+
+
+def test_batch_norm_statistics_go_on_beside_a_transfer() -> None:
+    """An average that is as late as a round is long would set them back to what they were, for ever."""
+    results = run(2, running_means)
+    for own, expected, agreed in results:
+        torch.testing.assert_close(own, expected)
+        torch.testing.assert_close(agreed, (results[0][1] + results[1][1]) / 2)
 
 
 @pytest.mark.parametrize("wire_format", ["float32", "bf16", "int8", "int4"])

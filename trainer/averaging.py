@@ -54,27 +54,17 @@ class Done:
         return self.arrived
 
 
-Pairs = list[tuple[torch.Tensor, torch.Tensor]]
-
-
 @dataclass
 class Carried:
-    """What goes along with a round's parameters: each live tensor, and the copy that is averaged (or itself)."""
+    """What goes along with a round's parameters, averaged in place."""
 
-    with_state: bool = False
-    buffers: Pairs = field(default_factory=list)
-    state: Pairs = field(default_factory=list)
-    places: list[Place] = field(default_factory=list)
-    """Where each of `state` belongs."""
-
-    @property
-    def pairs(self) -> Pairs:
-        """Buffers, then optimizer state."""
-        return self.buffers + self.state
-
-    def leave_state(self) -> None:
-        """Ranks have different state, which cannot be made alike beside training: this time each keeps its own."""
-        self.state, self.places = [], []
+    buffers: list[torch.Tensor] = field(default_factory=list)
+    """The model's own; none beside training, where the average would come too late to replace what they are then. An
+    evaluation averages them in any case."""
+    state: dict[Place, torch.Tensor] = field(default_factory=dict)
+    """The optimizer's own, or beside training copies."""
+    snapshot: dict[Place, torch.Tensor] = field(default_factory=dict)
+    """Beside training, what those copies were before they were averaged."""
 
 
 @dataclass
@@ -239,11 +229,10 @@ class Averager:
             sq_norm = sum(part.agreed_sq_norm for part in parts)
             one_layout = not ends_round or len({rank["layout"] for rank in headers}) == 1
             if delayed and not one_layout:
-                carried.leave_state()
-            elif carried.with_state and not one_layout:
-                shared = self._replica.shared_state()
-                carried.state, carried.places = [(each, each) for each in shared.values()], list(shared)
-            via.mean_([copy for _, copy in carried.pairs], weights[via.rank])
+                carried.state = {}  # it cannot be made alike beside training: this time each rank keeps its own
+            elif self.settings.state == "average" and not one_layout:
+                carried.state = self._replica.shared_state()
+            via.mean_([*carried.buffers, *carried.state.values()], weights[via.rank])
         divergence = max(0.0, sum(w * rank["norm"] for w, rank in zip(weights, headers, strict=True)) - mean)
         took, sent = time.perf_counter() - began, via.sent_bytes - before
         return Arrived(headers, *((divergence, sq_norm) if ends_round else (math.nan, math.nan)), took, sent)
@@ -251,14 +240,11 @@ class Averager:
     def _carry(self, delayed: bool) -> Carried:
         """Buffers and optimizer state as they are now, as far as the settings say that they are averaged."""
         settings, replica = self.settings, self._replica
-        with_state = settings.state == "average"
-        buffers = replica.flat_buffers.adopt() if settings.batch_norm == "average" else []
-        state = replica.state() if with_state else {}
-        pairs, of_state = (
-            [(tensor, tensor.clone() if delayed else tensor) for tensor in tensors]
-            for tensors in (buffers, state.values())
-        )
-        return Carried(with_state, pairs, of_state, list(state))
+        state = replica.state() if settings.state == "average" else {}
+        if not delayed:
+            return Carried(replica.flat_buffers.adopt() if settings.batch_norm == "average" else [], state)
+        copies, snapshot = ({place: each.clone() for place, each in state.items()} for _ in range(2))
+        return Carried([], copies, snapshot)
 
     @torch.no_grad()
     def land(self, transfer: Transfer, local_step: int, *, wholly: bool = False) -> Arrived:
@@ -269,10 +255,9 @@ class Averager:
         self._replica.flat_parameters.adopt()
         for part in self._parts(transfer.fragments):
             part.land(delayed=transfer.delayed, progressed=local_step > transfer.sent_at, wholly=wholly)
-        # the average itself: a correction could make a variance negative
-        for live, copy in transfer.carried.pairs:
-            if live is not copy:
-                live.copy_(copy)
+        if transfer.delayed:
+            carried = transfer.carried
+            self._replica.correct_state(carried.state, carried.snapshot, local_step - transfer.sent_at)
         if transfer.ends_round and self.settings.state == "reset":
             self._replica.optimizer.state.clear()
         if transfer.delayed:
@@ -296,9 +281,7 @@ class Averager:
                     "sent_at": transfer.sent_at,
                     "land_at": transfer.land_at,
                     "arrived": asdict(transfer.pending.result()),
-                    "buffers": [copy for _, copy in transfer.carried.buffers],
-                    "state": [copy for _, copy in transfer.carried.state],
-                    "places": transfer.carried.places,
+                    "carried": asdict(transfer.carried),
                 }
                 for transfer in self.flying
             ],
@@ -310,23 +293,10 @@ class Averager:
         for part, saved in zip(self._parts(self.everything), state["parts"], strict=True):
             part.load_state_dict(saved)
         self.flying = []
-        state_by_place = self._replica.state()  # may hold more than was sent
         for saved in state["flying"]:
-            buffers = self._replica.flat_buffers.adopt() if saved["buffers"] else []
-            places = saved.pop("places")
-            carried = Carried(
-                self.settings.state == "average",
-                _pairs(buffers, saved.pop("buffers")),
-                _pairs([state_by_place[place] for place in places], saved.pop("state")),
-                places,
-            )
+            carried = Carried(**saved.pop("carried"))
             arrived = Arrived(**saved.pop("arrived"))
             for header in arrived.headers:
                 header["stop"] = 0.0  # that stop has been; this run is to go on
             pending = Done(arrived)
             self.flying.append(Transfer(**saved, pending=pending, carried=carried))
-
-
-def _pairs(live: Sequence[torch.Tensor], copies: Sequence[torch.Tensor]) -> Pairs:
-    """A checkpoint's copies with the tensors that they are of."""
-    return [(mine, copy.to(mine.device)) for mine, copy in zip(live, copies, strict=True)]

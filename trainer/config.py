@@ -179,10 +179,12 @@ class SyncConfig:
     """How replicas are averaged."""
 
     state: StatePolicy = "keep"
-    """Optimizer state at an averaging: keep each rank's own, average it, or reset it. `keep` averages it where
-    period 1 begins, since there it must be the same on every rank."""
+    """Optimizer state at an averaging: keep each rank's own, average it (a delayed average is a correction, of which
+    as much is left as of the state that was sent), or reset it. `keep` averages it where period 1 begins, since there
+    it must be the same on every rank."""
     batch_norm: BatchNormPolicy = "average"
-    """Floating-point buffers: average them, keep each rank's own, or recalibrate them before an evaluation."""
+    """Floating-point buffers: average them (behind a delay at evaluations only), keep each rank's own, or recalibrate
+    them before an evaluation."""
     recalibrate_samples: int = 1_024
     """Samples of its shard that each rank recalibrates BatchNorm statistics with."""
     wire_format: WireFormat = "float32"

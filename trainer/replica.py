@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -62,6 +62,21 @@ class Replica:
         """The optimizer's float tensors, in an order that ranks of one `layout_digest` share."""
         return dict(sorted(self._state().items()))
 
+    def correct_state(
+        self, means: Mapping[Place, torch.Tensor], snapshots: Mapping[Place, torch.Tensor], steps: int
+    ) -> None:
+        """Take the average of the optimizer's states as they were `steps` local steps ago, and keep what each has
+        learned since: what the average differs by from this rank's snapshot has decayed as that has."""
+        state, groups = self._state(), self.optimizer.param_groups
+        group_of = [group for group in groups for _ in group["params"]]
+        for (index, key), mean in means.items():
+            live = state[index, key]
+            if steps == 0:
+                live.copy_(mean)  # bit for bit the same on every rank
+            else:
+                differs = (mean - snapshots[index, key]).to(live.device)
+                live.add_(differs, alpha=_kept(group_of[index], key) ** steps)
+
     def _state(self) -> dict[Place, torch.Tensor]:
         return {
             (index, key): value
@@ -92,6 +107,23 @@ class Replica:
     def _stepped(self) -> Iterator[tuple[int, torch.Tensor]]:
         """Parameters with their number in the optimizer's groups."""
         return enumerate(parameter for group in self.optimizer.param_groups for parameter in group["params"])
+
+
+def _kept(group: Mapping[str, Any], name: str) -> float:
+    """What one step of torch's optimizers keeps of a value of this name; of one that only grows, or of another
+    optimizer's, all."""
+    first, second = group.get("betas", (1.0, 1.0))[:2]
+    decay = group.get("alpha", group.get("rho", 1.0))  # of RMSprop; of Adadelta
+    kept = {
+        "momentum_buffer": group.get("momentum", 1.0),
+        "exp_avg": first,
+        "exp_avg_sq": second,
+        "exp_inf": second,
+        "square_avg": decay,
+        "grad_avg": decay,
+        "acc_delta": decay,
+    }
+    return float(kept.get(name, 1.0))
 
 
 def _counts(buffer: torch.Tensor) -> bool:
