@@ -15,9 +15,7 @@ evaluation curve by linear interpolation:
 - equal seconds: at the last second of training time that every run of the model reached.
 
 So that a run may be read before its end, the learning rate is constant after a warm-up, the same in samples for all;
-gradients are clipped to norm 1 for all, since without it large batches fall back to chance again and again. Before an
-evaluation every method has its BatchNorm statistics recomputed over 256 training samples a rank: running averages lag
-behind large steps, and those of replicas are not their average's.
+gradients are clipped to norm 1 for all, since without it large batches fall back to chance again and again.
 The autopilot's late part begins where it would if the run ended at the equal samples. Sharpness is that of the final
 models, which have trained different numbers of samples; the table says how many.
 
@@ -144,7 +142,6 @@ def train(trial: Trial, settings: Settings, root: str) -> str:
     command += ["--optim.lr", str(trial.lr), "--optim.schedule", "constant", "--optim.clip-norm", "1.0"]
     command += ["--optim.warmup-samples", str(iterations * RANKS * SMALL // 5)]
     command += ["--eval.every-samples", str(every if final else samples)]
-    command += ["--sync.batch-norm", "recalibrate", "--sync.recalibrate-samples", "256"]
     command += ["--data.test-limit", str(settings.test_limit)]
     command += ["--task.small-image-stem" if settings.stem_of(trial.model) == "small" else "--task.no-small-image-stem"]
     command += ["--record.reference-s", "0", "--record.no-progress", "--record.no-tensorboard"]
