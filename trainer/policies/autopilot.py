@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from trainer.errors import require, require_at_least
@@ -13,7 +13,7 @@ from trainer.policies.base import LrScaling, Policy, held, register
 from trainer.policies.goodput import Costs, Worth, drift_of, worth
 
 FORMATS: tuple[WireFormat, ...] = ("float32", "int8", "int4")
-PROBE_ROUNDS = 2
+PROBE_PERIOD, PROBE_STEPS = 2, 16
 FULL_MEMORY = 0.9
 SHOWN = 4
 TIE = 0.03  # goodput so near the best counts as good: then the fewest averages decide
@@ -27,11 +27,11 @@ SLACK = 1.5  # times the bound, before a Plan must end
 class Autopilot(Policy):
     """Chooses batch, period, delay and wire format by expected goodput.
 
-    It begins with short rounds at the smallest batch, and at a larger one where it may, to measure compute, network,
-    gradient noise and how fast replicas part; then it compares all candidates again and again, and takes a better one
-    where that promises enough. A run has only so many samples, and what one fails to teach is lost for good, while
-    seconds are only spent: so efficiency counts `care` times. The last part of the run is spent at the smallest batch
-    and with four times the care, for generalization.
+    It begins with the shortest rounds at the smallest batch, to measure compute, network, gradient noise and how fast
+    replicas part; then it compares all candidates again and again, and takes a better one where that promises enough. A
+    larger batch is measured once the noise is such that it might pay. A run has only so many samples, and what one
+    fails to teach is lost for good, while seconds are only spent: so efficiency counts `care` times. The last part of
+    the run is spent at the smallest batch and with four times the care, for generalization.
     """
 
     lr_scaling: LrScaling = "gain"
@@ -87,18 +87,14 @@ class Autopilot(Policy):
         delayed = Plan(self.batch_per_rank, self.max_period_steps, delay_steps=1, wire_format="int4")
         return (self._probe(self.batch_per_rank), delayed)
 
-    def _probe(self, batch: int, period: int = 8) -> Plan:
-        return Plan(batch, min(period, self.max_period_steps), delay_steps=0, wire_format="int8")
+    def _probe(self, batch: int) -> Plan:
+        # of the shortest rounds, since replicas that part in a run's first steps cost its final accuracy
+        return Plan(batch, PROBE_PERIOD, delay_steps=0, wire_format="int8")
 
     def _end_probe(self, seen: Observation, costs: Costs, kept: dict[str, Any], why: dict[str, Any]) -> Decision:
-        """Measure on, at the next batch where there is one."""
-        larger = min(2 * self.batch_per_rank, self.max_batch_per_rank, self._room(costs))
-        larger -= larger % self.batch_per_rank
-        larger = self.batch_per_rank if seen.progress >= self.late_from else larger
-        if seen.phase_rounds < PROBE_ROUNDS:
+        """Measure on, until what was measured can be compared."""
+        if seen.phase_steps < PROBE_STEPS:
             return Decision(seen.plan, seen.phase_name, why, kept)
-        if seen.phase_name == "probe" and larger > self.batch_per_rank:
-            return Decision(self._probe(larger, 4), "probe larger", why, kept)
         if not costs.transfer_s and seen.ranks > 1:
             return Decision(seen.plan, seen.phase_name, why | {"held": "not measured: transfer_s"}, kept)
         return self._compare(seen, costs, kept, why, at_once=True)
@@ -118,6 +114,8 @@ class Autopilot(Policy):
         current = self._worth(seen.plan, costs, seen.ranks)
         why["current"] = current.told()
         kept["expected"] = current.samples_per_s
+        if self._may_pay(current, costs, largest, seen.ranks):
+            return Decision(self._probe(2 * self.batch_per_rank), "probe larger", why, kept)
         largest = min(largest, 2 * max(seen.plan.batch_per_rank, self.batch_per_rank))  # what is near was measured
         found = [self._worth(plan, costs, seen.ranks) for plan in self._candidates(costs, largest)]
         usable = [each for each in found if math.isfinite(each.goodput)]
@@ -143,6 +141,16 @@ class Autopilot(Policy):
             return Decision(seen.plan, seen.phase_name, why, kept)
         kept["expected"] = best.samples_per_s
         return Decision(best.plan, "late" if late else "cruise", why, kept)
+
+    def _may_pay(self, current: Worth, costs: Costs, largest: int, ranks: int) -> bool:
+        """Whether twice the smallest batch is to be measured: where none but the smallest was, and its steps, should
+        they take no longer, would be worth a change."""
+        batch = 2 * self.batch_per_rank
+        if batch > largest or costs.largest_batch >= batch:
+            return False
+        doubled = self._worth(replace(current.plan, batch_per_rank=batch), costs, ranks)
+        at_best = replace(doubled, samples_per_s=2 * current.samples_per_s)
+        return self._score(at_best, late=False) > (1 + self.min_gain) * self._score(current, late=False)
 
     def _worth(self, plan: Plan, costs: Costs, ranks: int) -> Worth:
         return worth(plan, costs, ranks, self.batch_per_rank, self.max_divergence)

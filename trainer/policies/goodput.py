@@ -112,6 +112,11 @@ class Costs:
         return start + slope * batch
 
     @property
+    def largest_batch(self) -> int:
+        """Of those whose local steps were timed; 0 where none were."""
+        return max((int(each.split()[0]) for each in self.step_s), default=0)
+
+    @property
     def beside_s(self) -> float:
         """Seconds by which an average slows the local steps that it goes on beside, in all: its work is done by the
         cores, and the memory, that train."""
