@@ -283,15 +283,18 @@ def cruise(policy: Autopilot, transfer_s: float, rounds: int = 60, **figures: fl
     return controller
 
 
-def test_autopilot_measures_in_the_shortest_rounds_and_says_so() -> None:
+@pytest.mark.parametrize(("noise", "larger"), [(2_000.0, True), (30.0, False)])
+def test_autopilot_measures_in_the_shortest_rounds_and_a_larger_batch_only_where_noise_allows_it(
+    noise: float, larger: bool
+) -> None:
     """A run's first steps are where replicas that part cost most."""
     controller, probed = Controller(Autopilot(min_stay_steps=1)), []
     while controller.phase.name.startswith("probe"):
         probed.append((controller.plan.batch_per_rank, controller.plan.sync_period_steps, controller.plan.delay_steps))
-        seen = seen_by(controller.plan, round=len(probed), transfer_s=0.3)
+        seen = seen_by(controller.plan, round=len(probed), transfer_s=0.3, noise=noise)
         controller.observe(replace(seen, local_step=2 * len(probed)))
-    assert probed == [(32, 2, 0)] * 8 + [(64, 2, 0)] * 8, "16 local steps each"
-    assert len(Costs.restored(controller.state_dict()["memory"]["costs"]).step_s) == 2
+    assert probed == [(32, 2, 0)] * 8 + [(64, 2, 0)] * (8 if larger else 0), "16 local steps each"
+    assert Costs.restored(controller.state_dict()["memory"]["costs"]).largest_batch == (64 if larger else 32)
 
 
 def test_autopilot_averages_more_rarely_and_hides_more_where_the_network_is_slower() -> None:
