@@ -17,7 +17,8 @@ from torch.distributed.optim import PostLocalSGDOptimizer
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from trainer import Constant, LocalSGD, Plan, SyncConfig
+from benchmarks.work import PERIOD
+from trainer import Constant, LocalSGD, Plan, Policy, PostLocal, SyncConfig
 from trainer.world import World
 
 LIGHTHOUSE_PORT = 29510
@@ -130,14 +131,20 @@ def torchft_diloco(model: nn.Module, optimizer: Optimizer, world: World, batch: 
         yield Method(model, optimizer)
 
 
-def ours(**settings: Any) -> Any:
-    """Ebbtide's LocalSGD with these settings."""
+START_SAMPLES = 2048  # over all ranks
+
+
+def ours(period: int = PERIOD, *, short_start: bool = False, **settings: Any) -> Any:
+    """Ebbtide's LocalSGD with these settings; with a short start its first samples have rounds of two steps, waited
+    for."""
 
     @contextmanager
-    def method(model: nn.Module, optimizer: Optimizer, world: World, batch: int, period: int) -> Iterator[Method]:
-        policy = Constant(Plan(batch, sync_period_steps=settings.get("period", period)))
-        fields = {name: value for name, value in settings.items() if name != "period"}
-        with LocalSGD(model, optimizer, policy, settings=SyncConfig(**fields), world=world) as sync:
+    def method(model: nn.Module, optimizer: Optimizer, world: World, batch: int, _: int) -> Iterator[Method]:
+        plan = Plan(batch, sync_period_steps=period)
+        policy: Policy = Constant(plan)
+        if short_start:
+            policy = PostLocal(Plan(batch, sync_period_steps=2, delay_steps=0), plan, switch_samples=START_SAMPLES)
+        with LocalSGD(model, optimizer, policy, settings=SyncConfig(**settings), world=world) as sync:
             yield Method(sync.model, optimizer, lambda loss: sync.step(loss, batch), sync.finish)
 
     return method
@@ -159,6 +166,10 @@ METHODS: dict[str, Any] = {
         )
         for momentum in (2, 4, 6)
     },
+    "ebbtide_int4_start": ours(wire_format="int4", delay_steps="auto", fragments=2, short_start=True),
+    "ebbtide_int4_start_outer_4": ours(
+        wire_format="int4", delay_steps="auto", fragments=2, outer="fedavgm", outer_momentum=0.4, short_start=True
+    ),
     "ebbtide_int4_quarters": ours(wire_format="int4", delay_steps="auto", fragments=4),
     "ebbtide_whole": ours(wire_format="int8", delay_steps="auto"),
     "ebbtide_whole_int4": ours(wire_format="int4", delay_steps="auto"),
