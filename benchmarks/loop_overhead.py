@@ -26,12 +26,13 @@ import torch
 from torch import nn
 
 from benchmarks.provenance import provenance
-from trainer.config import DataConfig, OptimConfig, StepConfig, SyncConfig, WorldConfig
+from trainer.config import DataConfig, OptimConfig, StepConfig, WorldConfig
 from trainer.data import ShardStream, open_part, shard_of
 from trainer.memory import keep_freed_memory, peak_memory_bytes
 from trainer.optim import build_optimizer, learning_rate, set_learning_rate
 from trainer.plan import Plan
 from trainer.policies import Constant
+from trainer.settings import SyncConfig
 from trainer.step import LocalStep
 from trainer.sync import LocalSGD
 from trainer.tasks import FedAvgCNN, parameter_count

@@ -21,8 +21,9 @@ import torch
 from benchmarks.provenance import provenance
 from benchmarks.shaped import bits_per_s, hosts, interface_bytes, write_table
 from trainer.collectives import Collectives
-from trainer.config import SyncConfig, WorldConfig
+from trainer.config import WorldConfig
 from trainer.exchange import make_exchange
+from trainer.settings import SyncConfig
 from trainer.world import open_world
 
 RESULTS = Path("benchmarks/results/sync_cost")

@@ -23,12 +23,13 @@ from torch.utils.data import TensorDataset
 
 from benchmarks.provenance import provenance
 from trainer.__main__ import guarded
-from trainer.config import DataConfig, OptimConfig, StepConfig, SyncConfig, TaskConfig, WorldConfig
+from trainer.config import DataConfig, OptimConfig, StepConfig, TaskConfig, WorldConfig
 from trainer.data import DataPart, ShardStream
 from trainer.errors import require_at_least, require_choices
 from trainer.optim import build_optimizer
 from trainer.plan import Plan
 from trainer.policies import Constant
+from trainer.settings import SyncConfig
 from trainer.step import LocalStep
 from trainer.sync import LocalSGD
 from trainer.tasks import build_model, check_model

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from trainer.config import Config, SyncConfig
+    from trainer.config import Config
     from trainer.plan import Decision, Observation, Plan
     from trainer.policies import (
         FDA,
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         SelSync,
         register,
     )
+    from trainer.settings import SyncConfig
     from trainer.sync import LocalSGD
     from trainer.train import train
 
@@ -56,7 +57,7 @@ _HOMES = {
     "register": "policies",
     "SelSync": "policies",
     "SWAP": "policies",
-    "SyncConfig": "config",
+    "SyncConfig": "settings",
     "train": "train",
 }
 

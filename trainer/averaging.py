@@ -14,10 +14,10 @@ import torch
 from trainer.background import Background
 from trainer.clock import Clock
 from trainer.collectives import Collectives
-from trainer.config import SyncConfig
 from trainer.ledger import Header, compare
 from trainer.part import Part
 from trainer.replica import Place, Replica
+from trainer.settings import SyncConfig
 
 
 @dataclass(frozen=True)

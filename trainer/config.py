@@ -4,18 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import Field, dataclass, fields, replace
 from typing import Any, Literal
 
 from trainer.errors import ConfigError, require, require_at_least, require_choices
-from trainer.plan import Plan, WireFormat
 from trainer.policies import Alternating, Policy, policy_name
-
-GradientFormat = Literal["float32", "bf16", "powersgd"]
-OuterRule = Literal["none", "slowmo", "diloco", "fedavgm", "fedadam"]
-StatePolicy = Literal["keep", "average", "reset"]
-BatchNormPolicy = Literal["average", "keep", "recalibrate"]
+from trainer.settings import SyncConfig, check_plans, check_scaler
 
 
 @dataclass(frozen=True)
@@ -175,142 +169,6 @@ class StepConfig:
 
 
 @dataclass(frozen=True)
-class SyncConfig:
-    """How replicas are averaged."""
-
-    state: StatePolicy = "keep"
-    """Optimizer state at an averaging: keep each rank's own, average it (a delayed average is a correction, of which
-    as much is left as of the state that was sent), or reset it. `keep` averages it where period 1 begins, since there
-    it must be the same on every rank."""
-    batch_norm: BatchNormPolicy = "average"
-    """Floating-point buffers: average them (behind a delay at evaluations only), keep each rank's own, or recalibrate
-    them before an evaluation."""
-    recalibrate_samples: int = 1_024
-    """Samples of its shard that each rank recalibrates BatchNorm statistics with."""
-    wire_format: WireFormat = "float32"
-    """Number format of averaged parameters on the network: float32 (their own type), bf16, int8 or int4. What is lost
-    is kept and sent the next time (error feedback)."""
-    gradient_format: GradientFormat = "float32"
-    """Number format of averaged gradients at period 1: float32 (their own type), bf16, or powersgd (rank 2)."""
-    delay_steps: int | Literal["auto"] = 0
-    """Local steps between sending a replica and taking its average; 0 waits for it. auto measures the transfer, and
-    all ranks take the fewest steps that hide it."""
-    max_delay_steps: int = 8
-    """Most steps that auto chooses."""
-    fragments: int = 1
-    """Parts of the model, averaged in turn within a round."""
-    mixing: float = 1.0
-    """Share of the average that a replica takes; below 1 replicas stay apart between evaluations."""
-    outer: OuterRule = "none"
-    """What is done with the averaged displacement: nothing, or an outer optimizer."""
-    outer_lr: float | None = None
-    """Learning rate of the outer optimizer; without it, the published one."""
-    outer_momentum: float | None = None
-    """Momentum of the outer optimizer (of fedadam: its first decay); without it, the published one."""
-    bucket_bytes: int = 4 * 2**20
-    """Bytes of a flat bucket in float32: one collective each. What is sent at once should fit a slow link's queue."""
-    node_period_steps: int | None = None
-    """Local steps between averagings inside a node; 1 averages its gradients at every step. Without it a node's ranks
-    are averaged with all others. With it a round's average goes between nodes, a share of it a rank."""
-    node_wire_format: WireFormat = "float32"
-    """Number format of averages inside a node."""
-    ranks_per_node: int | None = None
-    """Consecutive ranks that make up a node; without it, those that the launcher started on a host."""
-    observe_steps: int = 8
-    """At period 1 and 0, local steps between two observations, so that small messages do not slow every step; in
-    shorter rounds than that, local steps between two looks at the gradient."""
-    find_unused_parameters: bool = False
-    """At period 1, look each step for parameters that the forward pass left out."""
-
-    def __post_init__(self) -> None:
-        require_choices(self)
-        require_at_least(
-            self, 1, "recalibrate_samples", "bucket_bytes", "observe_steps", "fragments", "max_delay_steps"
-        )
-        require_at_least(self, 1, "node_period_steps", "ranks_per_node")
-        lossy = self.node_wire_format != "float32"
-        levels, at_once = self.node_period_steps is not None, self.delay_steps == 0
-        require("node_wire_format", self.node_wire_format, not lossy or levels, "needs sync.node_period_steps")
-        mend = "needs sync.delay_steps = 0, and a policy that plans no delays"
-        require("node_wire_format", self.node_wire_format, not lossy or at_once, mend)
-        sends = self.node_period_steps != 1
-        require("node_wire_format", self.node_wire_format, not lossy or sends, "averages no parameters at period 1")
-        shaped = self.ranks_per_node is not None
-        require("ranks_per_node", self.ranks_per_node, not shaped or levels, "needs sync.node_period_steps")
-        steps = self.delay_steps
-        whole = steps == "auto" or (isinstance(steps, int) and steps >= 0)
-        require("delay_steps", steps, whole, "must be 0 or more local steps, or auto")
-        require("mixing", self.mixing, 0 < self.mixing <= 1, "must be above 0 and at most 1")
-        for name, low in (("outer_lr", 0), ("outer_momentum", -1)):
-            value = getattr(self, name)
-            require(name, value, value is None or self.outer != "none", "needs sync.outer")
-            require(name, value, value is None or value > low, f"must be {'above 0' if low == 0 else '0 or more'}")
-        momentum = self.outer_momentum
-        require("outer_momentum", momentum, momentum is None or 0 <= momentum < 1, "must be in 0 .. 1")
-        require("outer", self.outer, self.outer == "none" or self.mixing == 1, "needs sync.mixing = 1")
-
-    def under(self, plan: Plan) -> SyncConfig:
-        """These settings with what the Plan says itself."""
-        delay = self.delay_steps if plan.delay_steps is None else plan.delay_steps
-        return replace(self, delay_steps=delay, wire_format=plan.wire_format or self.wire_format)
-
-    def check_scaler(self, *, used: bool) -> None:
-        """Refuse what a loss scaler makes impossible.
-
-        Raises:
-            ConfigError: names the field.
-        """
-        fits = not used or self.gradient_format != "powersgd"
-        mend = "keeps what it loses, which a loss scaler's infinite gradients spoil: choose bf16, or no fp16"
-        require("gradient_format", self.gradient_format, fits, mend)
-
-    def check_plans(self, plans: Sequence[Plan]) -> None:
-        """Refuse what the rounds of these plans cannot hold.
-
-        Raises:
-            ConfigError: names the field and the shortest period above 1.
-        """
-        for plan in plans:
-            self.under(plan)  # refuses what the plan's own settings make impossible
-        periods = [plan.sync_period_steps for plan in plans if plan.sync_period_steps > 1]
-        if not periods:
-            said = "averages no parameters at period 1: leave it out, or choose a policy with a longer period"
-            idles = {"wire_format": "float32", "outer": "none", "delay_steps": 0, "fragments": 1, "mixing": 1.0}
-            idles["node_period_steps"] = None
-            for name, idle in idles.items():
-                value = getattr(self, name)
-                mend = f"{said}; gradients have sync.gradient_format" if name == "wire_format" else said
-                require(name, value, value == idle, mend)
-            return
-        long = [plan for plan in plans if plan.sync_period_steps > 1]
-        for name, idle in (("delay_steps", 0), ("wire_format", "float32")):
-            value = getattr(self, name)
-            used = any(getattr(plan, name) is None for plan in long)
-            require(name, value, used or value == idle, "has no effect: the policy's plans say it; leave it out")
-        by_policy = all(plan.delay_steps is not None for plan in long)
-        whole_model = self.fragments == 1 or not by_policy
-        require("fragments", self.fragments, whole_model, "must be 1 where the policy plans delays of the whole model")
-        for plan in long:
-            usable = plan.early_end == "never" or self.under(plan).delay_steps == 0
-            require("delay_steps", self.delay_steps, usable, "must be 0 where rounds end early")
-            usable = plan.early_end == "never" or self.fragments == 1
-            require("fragments", self.fragments, usable, "must be 1 where rounds end early")
-            usable = plan.early_end != "gradient_change" or self.node_period_steps != 1
-            require("node_period_steps", self.node_period_steps, usable, "must not be 1 where gradients end rounds")
-            usable = plan.early_end != "divergence" or self.mixing == 1
-            require("mixing", self.mixing, usable, "must be 1 where divergence ends rounds")
-        inner = self.node_period_steps
-        whole = inner is None or all(period % inner == 0 for period in periods)
-        longer = ", ".join(str(period) for period in sorted(set(periods)))
-        require("node_period_steps", inner, whole, f"must divide the policy's periods above 1 ({longer} steps)")
-        short = min(periods)
-        for name in ("delay_steps", "fragments"):
-            value = getattr(self, name)
-            fits = value == "auto" or value <= short
-            require(name, value, fits, f"must be at most the policy's shortest period above 1 ({short} steps)")
-
-
-@dataclass(frozen=True)
 class EvalConfig:
     """When the consensus model is evaluated."""
 
@@ -369,8 +227,8 @@ class Config:
 
     def __post_init__(self) -> None:
         try:
-            self.sync.check_plans(self.policy.plans())
-            self.sync.check_scaler(used=self.step.precision == "fp16")
+            check_plans(self.sync, self.policy.plans())
+            check_scaler(self.sync, used=self.step.precision == "fp16")
         except ConfigError as error:
             raise ConfigError(f"sync.{error}") from None
 

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from trainer.config import SyncConfig
+from trainer.settings import SyncConfig
 
 REMEMBERED = 5  # transfers: one slow one changes nothing
 

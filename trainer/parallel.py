@@ -16,8 +16,8 @@ from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDSt
 from torch.nn.parallel import DistributedDataParallel
 
 from trainer.collectives import Collectives
-from trainer.config import GradientFormat
 from trainer.gradients import GradientNotes
+from trainer.settings import GradientFormat
 
 POWERSGD_RANK = 2
 POWERSGD_FROM_STEP = 10  # DDP's buckets change after its first step, and early gradients compress badly

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from trainer.collectives import Collectives
-from trainer.config import SyncConfig
 from trainer.exchange import Exchange, NodesExchange, make_exchange, share_of
 from trainer.flat import pieces
 from trainer.outer import Outer
+from trainer.settings import SyncConfig
 from trainer.world import World
 
 

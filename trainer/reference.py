@@ -10,11 +10,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from trainer.config import Config, SyncConfig
+from trainer.config import Config
 from trainer.data import ShardStream
 from trainer.errors import ConfigError
 from trainer.optim import build_optimizer
 from trainer.policies import Constant
+from trainer.settings import SyncConfig
 from trainer.step import LocalStep
 from trainer.sync import LocalSGD
 from trainer.world import World

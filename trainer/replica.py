@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from trainer.collectives import Collectives
@@ -128,30 +127,3 @@ def _kept(group: Mapping[str, Any], name: str) -> float:
 
 def _counts(buffer: torch.Tensor) -> bool:
     return not buffer.is_floating_point() and buffer.dtype != torch.bool
-
-
-@torch.no_grad()
-def recalibrate(model: nn.Module, batches: Iterable[torch.Tensor]) -> int:
-    """Recompute BatchNorm statistics as the mean over `batches` (inputs), as SWAP does after averaging.
-
-    Returns:
-        The samples seen; the statistics of a model without BatchNorm, and a call without batches, change nothing.
-    """
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
-    if not norms:
-        return 0
-    momenta, training, seen = [norm.momentum for norm in norms], model.training, 0
-    model.eval()
-    for norm in norms:
-        norm.train()
-    for inputs in batches:
-        if seen == 0:
-            for norm in norms:
-                norm.reset_running_stats()
-                norm.momentum = None  # a plain mean over the batches
-        model(inputs)
-        seen += len(inputs)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    model.train(training)
-    return seen

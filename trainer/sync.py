@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from trainer.averaging import Averager
 from trainer.clock import Clock
 from trainer.collectives import Collectives
-from trainer.config import SyncConfig
+from trainer.consensus import consensus_model
 from trainer.controller import Controller
 from trainer.data import ShardStream
 from trainer.early_end import EarlyEnd
@@ -26,9 +26,11 @@ from trainer.plan import Plan
 from trainer.policies import Policy
 from trainer.progress import Progress
 from trainer.rate import ScaledRate
-from trainer.replica import Replica, recalibrate
+from trainer.replica import Replica
 from trainer.rounds import Round, Rounds
+from trainer.settings import SyncConfig, check_plans, check_scaler
 from trainer.timetable import Timetable
+from trainer.transition import Transition
 from trainer.world import World
 
 
@@ -71,8 +73,9 @@ class LocalSGD:
         clock: Clock | None = None,
         scaler: torch.amp.GradScaler | None = None,
     ) -> None:
-        settings.check_plans(policy.plans())
-        settings.check_scaler(used=scaler is not None and scaler.is_enabled())
+        self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
+        check_plans(settings, policy.plans())
+        check_scaler(settings, used=self._scaler is not None)
         device = next(model.parameters()).device
         self.world = world or World.current(device)
         if settings.ranks_per_node is not None:
@@ -80,7 +83,6 @@ class LocalSGD:
         self.clock = clock or Clock(device)
         self.settings = settings
         self.optimizer = optimizer
-        self.scaler = scaler
         self.collectives = Collectives(self.world, self.clock, settings.bucket_bytes)
         self.replica = Replica(model, optimizer, self.collectives)
         self.controller = Controller(policy)
@@ -90,6 +92,9 @@ class LocalSGD:
         self._progress = Progress(self.replica, self._told, self.collectives, self.clock, settings.observe_steps)
         self._early = EarlyEnd(self.replica, self._progress.notes, self.collectives)
         self._timetable = Timetable(self._averager, settings, self._told, self._progress)
+        self._transition = Transition(
+            self.replica, self._averager, self._timetable, self._parallel, self._progress.notes, settings, self._scaler
+        )
         self._batch_samples: int | None = None
         self._rate = ScaledRate(optimizer, self._before_update)
 
@@ -161,8 +166,7 @@ class LocalSGD:
             every, apart = self.plan.early_end == "gradient_change", not self._timetable.are_one
             self._progress.notes.look(gradients, self.rounds, every=every, apart=apart)
         elif self.plan.sync_period_steps == 1:
-            scaled = self.scaler is not None and self.scaler.is_enabled()
-            self._progress.notes.sum_up(self.scaler.get_scale() if scaled and self.scaler else 1.0)
+            self._progress.notes.sum_up(self._scaler.get_scale() if self._scaler is not None else 1.0)
         return self.lr_scale
 
     def batches(self, dataset: Any, samples: int | None = None, *, seed: int = 0) -> Iterator[tuple[Any, Any]]:
@@ -281,24 +285,8 @@ class LocalSGD:
             calibration: inputs of this rank for `batch_norm = recalibrate`.
         """
         self.settle()
-        apart = [] if self._timetable.are_one else self.replica.flat_parameters.adopt()
-        replica = [flat.clone() for flat in apart]
-        self._timetable.make_one()
-        model = self.replica.model
-        keep = self.replica.flat_buffers.adopt() if self.settings.batch_norm == "keep" else []
-        own = [buffer.clone() for buffer in keep]
-        if self.settings.batch_norm == "recalibrate":
-            recalibrate(model, calibration)
-        self.replica.average_buffers()
-        training = model.training
-        model.eval()
-        try:
+        with consensus_model(self.replica, self._timetable, self.settings.batch_norm, calibration) as model:
             yield model
-        finally:
-            model.train(training)
-            for live, value in zip([*keep, *apart], [*own, *replica], strict=True):
-                live.copy_(value)
-            self._timetable.are_one = not apart
 
     def saw_accuracy(self, accuracy: float) -> None:
         """Tell the policy an evaluation's result (the same number on every rank)."""
@@ -343,37 +331,13 @@ class LocalSGD:
         return heard
 
     def _enter_plan(self, before: Plan) -> None:
-        """Make the ranks ready for the current Plan: period 1 needs one model, one optimizer state and one loss scale
-        on all of them, and another way of averaging begins from one model."""
-        kind, kind_before = min(self.plan.sync_period_steps, 2), min(before.sync_period_steps, 2)
-        settings = self.settings.under(self.plan)
-        if kind != kind_before or settings != self._averager.settings:
-            self._timetable.make_one()
-        if settings != self._averager.settings:
-            self._timetable.use(settings)
-        if kind_before == 1 != kind:
-            self._averager.rebase()
-            self.rewrap()
-        elif kind == 1 != kind_before:
-            if self.settings.state == "reset":
-                self.optimizer.state.clear()
-            else:
-                self.replica.average_state()
-            if self.scaler is not None and self.scaler.is_enabled():
-                scales = self.collectives.gather(self.scaler.state_dict())
-                own = self.scaler.state_dict()  # the scale, and the steps since it last grew: the smallest of each
-                self.scaler.load_state_dict({n: type(v)(min(scale[n] for scale in scales)) for n, v in own.items()})
-            self.rewrap()
+        """Make the ranks ready for the current Plan, after this one."""
+        self._transition.enter(self.plan, before, no_gradient=self._told.no_gradient)
         self._early.begin_round(self.plan)
 
     def rewrap(self) -> None:
-        """Put DDP round the model while gradients are averaged, over all ranks or a node's, and only then."""
-        find_unused = self.settings.find_unused_parameters or self._told.no_gradient
-        if self.plan.sync_period_steps == 1:
-            self._parallel.put_on(self.collectives, self._progress.notes, find_unused=find_unused)
-        else:
-            nodes = self.collectives.within if self.settings.node_period_steps == 1 else None
-            self._parallel.put_on(nodes, find_unused=find_unused)
+        """Put DDP afresh round the model where gradients are averaged, as a run resumed from here does."""
+        self._transition.wrap(self.plan, no_gradient=self._told.no_gradient)
 
     # ---- checkpoints
 

@@ -7,12 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from trainer.averaging import Averager, Transfer
-from trainer.config import SyncConfig
 from trainer.delay import Delay
 from trainer.ledger import Header
 from trainer.plan import Plan
 from trainer.progress import Progress
 from trainer.rounds import Rounds
+from trainer.settings import SyncConfig
 
 
 class Timetable:
