@@ -56,7 +56,9 @@ def test_the_settings_of_a_slow_network() -> None:
     model = nn.Linear(3, 2)
     mine: dict[str, Any] = {"model": model, "optimizer": torch.optim.SGD(model.parameters()), "policy": PostLocal()}
     exec("from trainer import LocalSGD\n" + block_with("settings = SyncConfig"), mine)
-    assert mine["sync"].settings == SyncConfig(wire_format="int8", delay_steps="auto", fragments=2)
+    assert mine["sync"].settings == SyncConfig(
+        wire_format="int4", delay_steps="auto", fragments=2, outer="fedavgm", outer_momentum=0.4
+    )
 
 
 def test_the_policy_of_ones_own() -> None:

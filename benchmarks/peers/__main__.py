@@ -35,7 +35,7 @@ from trainer.config import WorldConfig
 from trainer.world import open_world
 
 RESULTS = Path("benchmarks/results/peers")
-DEFAULT = ["alone", "ebbtide", "ebbtide_int4_period_4"]
+DEFAULT = ["alone", "ebbtide_int4_outer_4", "ebbtide_int4", "ebbtide", "ebbtide_int4_period_4"]
 DEFAULT += ["post_local_sgd", "accelerate", "torchft_local_sgd", "torchft_diloco"]
 
 
