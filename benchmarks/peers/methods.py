@@ -173,6 +173,7 @@ METHODS: dict[str, Any] = {
     "ebbtide_int4_quarters": ours(wire_format="int4", delay_steps="auto", fragments=4),
     "ebbtide_whole": ours(wire_format="int8", delay_steps="auto"),
     "ebbtide_whole_int4": ours(wire_format="int4", delay_steps="auto"),
+    "ebbtide_whole_int4_outer_4": ours(wire_format="int4", delay_steps="auto", outer="fedavgm", outer_momentum=0.4),
     "ebbtide_whole_bf16": ours(wire_format="bf16", delay_steps="auto"),
     "ebbtide_whole_float32": ours(delay_steps="auto"),
     "ebbtide_blocking": ours(),
@@ -191,6 +192,9 @@ METHODS: dict[str, Any] = {
     "ebbtide_int4_period_64": ours(wire_format="int4", delay_steps="auto", max_delay_steps=32, period=64),
     "ebbtide_int4_period_64_halves": ours(
         wire_format="int4", delay_steps="auto", max_delay_steps=32, period=64, fragments=2
+    ),
+    "ebbtide_int4_period_64_eighths": ours(
+        wire_format="int4", delay_steps="auto", max_delay_steps=32, period=64, fragments=8, bucket_bytes=2**18
     ),
     "ebbtide_int4_period_4": ours(wire_format="int4", period=4),
     "ebbtide_powersgd": ours(period=1, gradient_format="powersgd"),
