@@ -175,7 +175,7 @@ class Averager:
         carried = self._carry(delayed) if ends_round else Carried()
         if delayed:
             for part in parts:
-                part.snapshot()
+                part.snapshot(measured=ends_round)
         began = time.perf_counter()
 
         def work() -> Arrived:

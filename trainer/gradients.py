@@ -69,22 +69,25 @@ class GradientNotes:
     def note(self, gradients: Sequence[torch.Tensor | None], number: int) -> None:
         """Note this rank's own gradient in a local phase, by parameter; `number` turns the signs, so that errors
         average out."""
-        sq_norm = self.follow(gradients)
-        if math.isnan(sq_norm):
+        found = _dense(gradients)
+        if not found:
             return
-        self._count += 1
-        self._own += sq_norm
-        found = [gradient.reshape(-1) for gradient in gradients if gradient is not None and not gradient.is_sparse]
         signs = self._signs_of(sum(len(flat) // SKETCH + 1 for flat in found))[31 * number % TURNS :]
-        sketch = torch.zeros(SKETCH, device=signs.device)
+        sketch, norms = torch.zeros(SKETCH, device=signs.device), []
         for flat in found:
-            # in pieces where it is copied
-            for place in [slice(None)] if flat.dtype == torch.float32 else pieces(len(flat), flat.device):
+            for place in pieces(len(flat), flat.device):  # of whole rows; the second look at one finds it in a cache
                 piece = flat[place].float()
                 rows, rest = len(piece) // SKETCH, len(piece) % SKETCH
+                norms.append(torch.dot(piece, piece))
                 sketch += signs[:rows] @ piece[: rows * SKETCH].view(rows, SKETCH)
                 sketch[:rest] += signs[rows] * piece[rows * SKETCH :]
                 signs = signs[rows + (rest > 0) :]
+        sq_norm = float(torch.stack(norms).double().sum())
+        if math.isnan(sq_norm):
+            return
+        self._follow(sq_norm)
+        self._count += 1
+        self._own += sq_norm
         self._sketch = sketch.tolist()
 
     def _signs_of(self, rows: int) -> torch.Tensor:
@@ -95,12 +98,10 @@ class GradientNotes:
         return self._signs
 
     @torch.no_grad()
-    def follow(self, gradients: Sequence[torch.Tensor | None]) -> float:
-        """Note how the gradient's squared norm changes, and return it; sparse gradients are left out."""
-        found = [gradient for gradient in gradients if gradient is not None and not gradient.is_sparse]
-        sq_norm = float(torch.stack(torch._foreach_norm(found)).double().square().sum()) if found else math.nan
-        self._follow(sq_norm)
-        return sq_norm
+    def follow(self, gradients: Sequence[torch.Tensor | None]) -> None:
+        """Note how the gradient's norm changes; sparse gradients are left out."""
+        if found := _dense(gradients):
+            self._follow(float(torch.stack(torch._foreach_norm(found)).double().square().sum()))
 
     def bucket(self, own: torch.Tensor) -> torch.Tensor | None:
         """At period 1, in an observation's first step: the squared norm of a bucket of this rank's gradient, before it
@@ -148,6 +149,11 @@ class GradientNotes:
         """Go on from a checkpoint."""
         for name in KEPT:
             setattr(self, name, state[name.lstrip("_")])
+
+
+def _dense(gradients: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
+    """Those that are there and not sparse, flat."""
+    return [each.reshape(-1) for each in gradients if each is not None and not each.is_sparse]
 
 
 def _squared(flat: torch.Tensor) -> torch.Tensor:

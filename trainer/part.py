@@ -40,6 +40,8 @@ class Part:
         self._correction: torch.Tensor | None = None
         """The snapshot (minus the base, where there is one); once the average is there, the average minus the
         snapshot."""
+        self._moved_sq: torch.Tensor | None = None
+        """Squared norm of the snapshot minus the base, where it was measured."""
 
     def use(self, settings: SyncConfig) -> None:
         """Exchange as these settings say from now on; the replicas are one, and nothing is under way."""
@@ -90,14 +92,19 @@ class Part:
             if exchange is not None:
                 exchange.forget()
 
-    def snapshot(self) -> None:
-        """Remember the replica as it is now, so that training may change it while it is averaged."""
+    def snapshot(self, *, measured: bool) -> None:
+        """Remember the replica as it is now, so that training may change it while it is averaged; `measured` as in
+        `pack`, which follows."""
         if self._correction is None:
             self._correction = torch.empty_like(self.values if self._base is None else self._base)
         if self._base is None:
             self._correction.copy_(self.values)
-        else:
-            torch.sub(self.values, self._base, out=self._correction)
+            return
+        self._moved_sq = torch.zeros((), dtype=torch.float64, device=self.values.device)
+        for piece in pieces(len(self.values), self.values.device):
+            moved = torch.sub(self.values[piece], self._base[piece], out=self._correction[piece])
+            if measured:
+                self._moved_sq += torch.dot(moved, moved)
 
     def pack(self, *, delayed: bool, measured: bool) -> float:
         """Make ready what is sent; where it is `measured`, the squared norm of this rank's share of the divergence."""
@@ -111,13 +118,14 @@ class Part:
             return _squared(self._outgoing).item() if measured else 0.0
         if self._outgoing is None:
             self._outgoing = torch.zeros_like(self._base)
+        if delayed:
+            return _present(self._moved_sq).item()
         norm = torch.zeros((), dtype=torch.float64, device=self.values.device)
         for piece in pieces(len(self.values), self.values.device):
-            moved = _present(self._correction)[piece] if delayed else self.values[piece] - self._base[piece]
+            moved = self.values[piece] - self._base[piece]
             if measured:
                 norm += torch.dot(moved, moved)  # of displacements, so that few digits cancel
-            if not delayed:
-                self._outgoing[piece] += moved
+            self._outgoing[piece] += moved
         return norm.item()
 
     def exchange(
