@@ -21,7 +21,7 @@ B = TypeVar("B")
 C = TypeVar("C")
 D = TypeVar("D")
 CHUNKS, LEAST_CHUNK_VALUES = 16, 2**17
-HIDDEN_PIECES = 4  # of a chunk whose transfer nobody waits for: each collective costs compute
+HIDDEN_PIECES = 8  # of a chunk whose transfer nobody waits for: each collective costs compute
 AHEAD = 1  # chunks under way while one is decoded
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -127,9 +127,10 @@ class PairExchange(Exchange):
         """`values` becomes what was lost."""
         coding = Coding(values, fresh, weights, via)
         columns = _whole_blocks(min(self._chunk, len(values)))
-        room = coding.rows(AHEAD + 1, 2 * self._format.row_bytes(columns))
+        chunks = list(_chunks(len(values), self._chunk))
+        room = coding.rows(min(AHEAD + 1, len(chunks)), 2 * self._format.row_bytes(columns))
         begun: deque[Sending] = deque()
-        for number, chunk in enumerate(_chunks(len(values), self._chunk)):
+        for number, chunk in enumerate(chunks):
             begun.append(self._show(coding, chunk, room[number % len(room)]))
             if len(begun) > AHEAD:
                 yield from self._means(coding, begun.popleft())
