@@ -72,9 +72,9 @@ class GradientNotes:
         found = _dense(gradients)
         if not found:
             return
-        signs = self._signs_of(sum(len(flat) // SKETCH + 1 for flat in found))[31 * number % TURNS :]
+        signs = self._signs_of(sum(each.numel() // SKETCH + 1 for each in found))[31 * number % TURNS :]
         sketch, norms = torch.zeros(SKETCH, device=signs.device), []
-        for flat in found:
+        for flat in (gradient.reshape(-1) for gradient in found):
             for place in pieces(len(flat), flat.device):  # of whole rows; the second look at one finds it in a cache
                 piece = flat[place].float()
                 rows, rest = len(piece) // SKETCH, len(piece) % SKETCH
@@ -152,8 +152,8 @@ class GradientNotes:
 
 
 def _dense(gradients: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
-    """Those that are there and not sparse, flat."""
-    return [each.reshape(-1) for each in gradients if each is not None and not each.is_sparse]
+    """Those that are there and not sparse."""
+    return [each for each in gradients if each is not None and not each.is_sparse]
 
 
 def _squared(flat: torch.Tensor) -> torch.Tensor:
