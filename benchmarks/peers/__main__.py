@@ -86,15 +86,19 @@ def _version(package: str) -> str:
 
 def rows(found: list[dict[str, Any]]) -> list[list[str]]:
     """A row a method: mean and spread over its seeds, and its time over compute alone's of the same days, since the
-    machine is not every day as fast."""
+    machine is not every day as fast: the medians' ratio, and of the ratios of each seed's neighbours in time, since it
+    is not every minute as fast, median and range."""
     by_method: dict[str, list[dict[str, Any]]] = {}
     for run in found:
         other = "" if run.get("lr", LR) == LR else f", rate {run['lr']:g}"
         by_method.setdefault(f"`{run['method']}`{other}", []).append(run)
     lines = []
+    alone = {(run["seed"], run["provenance"]["when"]): step_s([run]) for run in by_method.get("`alone`", [])}
     for name, runs in sorted(by_method.items(), key=lambda item: step_s(item[1])):
         days = {run["provenance"]["when"] for run in runs}
         base = [run for run in by_method.get("`alone`", []) if run["provenance"]["when"] in days]
+        beside = [(run, alone.get((run["seed"], run["provenance"]["when"]))) for run in runs]
+        ratios = [step_s([run]) / least for run, least in beside if least is not None]
         whole = [run for run in runs if run["samples"] == SAMPLES]
         accuracy = [run["test_accuracy"] for run in whole if run["one_model"]]
         spread = f" ± {statistics.stdev(accuracy):.4f}" if len(accuracy) > 1 else ""
@@ -106,6 +110,7 @@ def rows(found: list[dict[str, Any]]) -> list[list[str]]:
                 f"{min(seconds):.1f} to {max(seconds):.1f}" if seconds else "",
                 f"{1000 * step_s(runs):.1f}",
                 f"{step_s(runs) / step_s(base):.2f}" if base else "",
+                f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})" if ratios else "",
                 f"{statistics.mean(accuracy):.4f}{spread}" if accuracy else "",
                 f"{1000 * statistics.median(run['sent_bytes'] / run['local_steps'] for run in runs) / 1e6:.0f}",
                 str(len(runs)),
@@ -151,7 +156,7 @@ def main() -> None:
                         "benchmarks.peers", *limit, "--worker", name, str(seed), str(out.resolve()), timeout_s=1800
                     )
                 print(name, seed, json.loads(out.read_text())["elapsed_s"], flush=True)
-    head = ["method", "median s", "range", "ms a step", "of compute alone", "test accuracy"]
+    head = ["method", "median s", "range", "ms a step", "of compute alone", "by seed", "test accuracy"]
     head += ["MB sent a rank in 1,000 steps", "seeds"]
     found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     table = Path(tempfile.mkdtemp()) / "table.md" if args.quick else RESULTS.parent / f"peers-{place}.md"
