@@ -10,7 +10,7 @@ from ranks import run
 
 from trainer.clock import Clock
 from trainer.collectives import Collectives
-from trainer.exchange import make_exchange, pipeline
+from trainer.exchange import OWED, make_exchange, pipeline
 from trainer.wire import BLOCK, FORMATS, Blocks
 from trainer.world import World
 
@@ -25,7 +25,7 @@ def rows(seed: int, count: int, exponent: float) -> torch.Tensor:
 def round_trip(name: str, values: torch.Tensor) -> torch.Tensor:
     format = FORMATS[name]
     coded = torch.empty(len(values), format.row_bytes(values.shape[1]), dtype=torch.uint8)
-    format.encode(values, coded)
+    format.encode(values.clone(), coded, torch.empty_like(values))
     out = torch.empty_like(values)
     format.decode(coded, out)
     return out
@@ -61,17 +61,16 @@ def exchanged(world: World, name: str, count: int, times: int, bucket_bytes: int
     collectives = Collectives(world, Clock(world.device), 2**20)
     exchange = make_exchange(name, torch.empty(0), count, world.size, bucket_bytes)
     weights = [2 * (rank + 1) / (world.size * (world.size + 1)) for rank in range(world.size)]
-    total, residual = torch.zeros(count), torch.zeros(count)
+    total, residual = torch.zeros(count), torch.zeros(count, dtype=OWED)
     draw = torch.Generator().manual_seed(world.rank)
     given = torch.zeros(count)
     for _ in range(times):
         mine = torch.randn(count, generator=draw)
         given += mine
-        values = residual + mine if exchange.lossy else mine.clone()
+        values, fresh = (residual, mine.__getitem__) if exchange.lossy else (mine.clone(), None)
         mean = torch.empty(count)
-        for chunk, part in exchange.means(values, weights, collectives):
+        for chunk, part in exchange.means(values, weights, collectives, fresh):
             mean[chunk] = part
-        residual = values if exchange.lossy else residual
         total += mean
     owed = exchange.state_dict().get("owed", torch.zeros(0))
     return [total, given, residual, owed, collectives.sent_bytes / times]
@@ -90,9 +89,13 @@ def test_an_exchange_loses_nothing_over_time_and_sends_few_bytes(name: str, rank
     kept = sum(weight * result[2].double() for weight, result in zip(weights, results, strict=True))
     missing = given - kept - total.double()
     owed = sum(result[3].double().sum() for result in results)
-    # what was given is what came out, what ranks hold back and what summing ranks owe
-    torch.testing.assert_close(missing.sum(), owed if name != "float32" else missing.sum() * 0, rtol=0, atol=1e-2)
+    # what was given is what came out, what ranks hold back and what summing ranks owe, but for how that is kept
+    largest = 1 / FORMATS[name].levels if name in ("int8", "int4") else 2.0**-8  # of what is lost of 5 and less, in 2.5
+    rounded = 0.0 if name == "float32" or ranks == 1 else 2.5 * largest * torch.finfo(OWED).eps / 2
+    torch.testing.assert_close(missing.sum(), owed, rtol=0, atol=1e-2 + 3 * rounded * count**0.5)
     assert missing.abs().max() <= (1e-6 if name == "float32" else 1.0)
+    if ranks == 2:
+        assert missing.abs().max() <= 1e-6 + 3 * rounded
     if ranks > 1 and name != "float32":
         assert results[0][4] <= RATIOS[name] * 2 * (ranks - 1) / ranks * 4 * count
 

@@ -24,6 +24,10 @@ CHUNKS, LEAST_CHUNK_VALUES = 16, 2**17
 HIDDEN_PIECES = 8  # of a chunk whose transfer nobody waits for: each collective costs compute
 AHEAD = 1  # chunks under way while one is decoded
 HALVES = (torch.float16, torch.bfloat16)
+OWED = torch.bfloat16
+"""What a rank's own encoding lost is kept in this type: half the memory, and its rounding loses little of a little."""
+Fresh = Callable[[slice], torch.Tensor]
+"""What is new of a place, in float32 or wider."""
 
 
 class Exchange(ABC):
@@ -34,13 +38,13 @@ class Exchange(ABC):
 
     @abstractmethod
     def means(
-        self, values: torch.Tensor, weights: Sequence[float], via: Collectives, fresh: torch.Tensor | None = None
+        self, values: torch.Tensor, weights: Sequence[float], via: Collectives, fresh: Fresh | None = None
     ) -> Iterator[tuple[slice, torch.Tensor]]:
         """Places and their means over the ranks, the same bits on every rank; together they are all of `values`.
 
-        `values` (1-d, the rank's own) is consumed: it becomes the mean, or what was lost, or stays. `fresh`, of the
-        same length, is added to it first, and stays. `weights` are all ranks' shares (they sum to 1). The caller takes
-        every place, and a mean before it asks for the next.
+        `values` (1-d, the rank's own) is consumed: it becomes the mean, or what was lost, or stays. Each place of it is
+        taken once, with what `fresh` says of that place added. `weights` are all ranks' shares (they sum to 1). The
+        caller takes every place, and a mean before it asks for the next.
         """
 
     def state_dict(self) -> dict[str, torch.Tensor]:
@@ -63,12 +67,15 @@ class WholeExchange(Exchange):
         self._chunk = chunk_values
 
     def means(
-        self, values: torch.Tensor, weights: Sequence[float], via: Collectives, fresh: torch.Tensor | None = None
+        self, values: torch.Tensor, weights: Sequence[float], via: Collectives, fresh: Fresh | None = None
     ) -> Iterator[tuple[slice, torch.Tensor]]:
         """`values` becomes the mean."""
         sent = []
         for chunk in _chunks(len(values), self._chunk):
-            part = _renewed(values, fresh, chunk).mul_(weights[via.rank])
+            part = values[chunk]
+            if fresh is not None:
+                part += fresh(chunk)
+            part.mul_(weights[via.rank])
             sent.append((chunk, part, via.begin_sum_(part)))
         for chunk, part, work in sent:
             via.wait(work)
@@ -90,26 +97,36 @@ class Coding:
     training thread beside this one would break memory up."""
 
     def __init__(
-        self, values: torch.Tensor, fresh: torch.Tensor | None, weights: Sequence[float], via: Collectives
+        self, format: Format, values: torch.Tensor, fresh: Fresh | None, weights: Sequence[float], via: Collectives
     ) -> None:
-        self.values, self.via, self._fresh = values, via, fresh
+        self._format, self._values, self._fresh, self.via = format, values, fresh, via
         columns = _whole_blocks(min(len(values), piece_values(values.device)))
         work_type = torch.promote_types(values.dtype, torch.float32)
         self.scratch = values.new_empty(2, columns, dtype=work_type)
-        """For the mean of a piece, and a row that is added to it."""
+        """For the mean of a piece, and a row that is added to it; for what is encoded, and its numbers."""
         self.shares = torch.tensor(weights, dtype=work_type, device=values.device)
 
-    def take(self, place: slice) -> torch.Tensor:
-        """The values of a place, what is fresh added to them; once for every place."""
-        return _renewed(self.values, self._fresh, place)
+    def encode(self, place: slice, coded: torch.Tensor, first: int, width: int, *, leave_lost: bool) -> None:
+        """Encode a place of the values, and zeros behind it, as the `width` values that follow `first` in all rows of
+        `coded`; with `leave_lost` the place becomes what that lost, else it stays."""
+        count = place.stop - place.start
+        values, room = self.scratch[:, : len(coded) * width]
+        values[count:] = 0
+        if self._fresh is None:
+            values[:count] = self._values[place]
+        else:
+            torch.add(self._fresh(place), self._values[place], out=values[:count])
+        self._format.encode(values.view(-1, width), coded, room.view(-1, width), first)
+        if leave_lost:
+            self._values[place] = values[:count]
 
     def rows(self, count: int, size: int) -> torch.Tensor:
         """Room for encoded values, (count, size) bytes."""
-        return self.values.new_empty(count, size, dtype=torch.uint8)
+        return self._values.new_empty(count, size, dtype=torch.uint8)
 
     def pieces_of(self, start: int, stop: int) -> Iterator[tuple[slice, slice]]:
         """The pieces of these values, as places after `start` and as places in the whole."""
-        for piece in pieces(stop - start, self.values.device):
+        for piece in pieces(stop - start, self._values.device):
             yield piece, slice(start + piece.start, start + piece.stop)
 
 
@@ -122,10 +139,10 @@ class PairExchange(Exchange):
         self._format, self._chunk = format, max(1, chunk_values // BLOCK) * BLOCK
 
     def means(
-        self, values: torch.Tensor, weights: Sequence[float], via: Collectives, fresh: torch.Tensor | None = None
+        self, values: torch.Tensor, weights: Sequence[float], via: Collectives, fresh: Fresh | None = None
     ) -> Iterator[tuple[slice, torch.Tensor]]:
         """`values` becomes what was lost."""
-        coding = Coding(values, fresh, weights, via)
+        coding = Coding(self._format, values, fresh, weights, via)
         columns = _whole_blocks(min(self._chunk, len(values)))
         chunks = list(_chunks(len(values), self._chunk))
         room = coding.rows(min(AHEAD + 1, len(chunks)), 2 * self._format.row_bytes(columns))
@@ -143,15 +160,7 @@ class PairExchange(Exchange):
         both = room[: 2 * size].view(2, size)
         coded = both[rank : rank + 1]
         for piece, place in coding.pieces_of(chunk.start, chunk.stop):
-            some = coding.take(place)
-            whole, rest = some.tensor_split([len(some) // BLOCK * BLOCK])
-            if len(whole):
-                self._format.encode(whole.unsqueeze(0), coded, piece.start, leave_lost=True)
-            if len(rest):
-                last = rest.new_zeros(1, BLOCK)
-                last[0, : len(rest)] = rest
-                self._format.encode(last, coded, piece.start + len(whole), leave_lost=True)
-                rest.copy_(last[0, : len(rest)])
+            coding.encode(place, coded, piece.start, _whole_blocks(piece.stop - piece.start), leave_lost=True)
         return Sending(chunk, both, coding.via.begin_swap(both[1 - rank], both[rank]))
 
     def _means(self, coding: Coding, begun: Sending) -> Iterator[tuple[slice, torch.Tensor]]:
@@ -178,10 +187,10 @@ class CodedExchange(Exchange):
         self._owed: torch.Tensor | None = None
 
     def means(
-        self, values: torch.Tensor, weights: Sequence[float], via: Collectives, fresh: torch.Tensor | None = None
+        self, values: torch.Tensor, weights: Sequence[float], via: Collectives, fresh: Fresh | None = None
     ) -> Iterator[tuple[slice, torch.Tensor]]:
         """`values` becomes what was lost, where there is feedback; else it stays."""
-        coding = Coding(values, fresh, weights, via)
+        coding = Coding(self._format, values, fresh, weights, via)
         if self._owed is not None:
             self._owed = self._owed.to(values.device)  # it may come from a checkpoint
         elif self.lossy:
@@ -192,17 +201,16 @@ class CodedExchange(Exchange):
 
     def _scatter(self, coding: Coding, chunk: slice) -> Sending:
         """Begin to send each rank what it sums of a chunk."""
-        part, columns = coding.take(chunk), self._columns(chunk)
-        rows = part
-        if len(part) < self._ranks * columns:  # a row for each rank that sums; the last chunk's end is zero
-            rows = part.new_zeros(self._ranks * columns)
-            rows[: len(part)] = part
-        rows = rows.view(self._ranks, columns)
+        columns = self._columns(chunk)
         coded, received = (coding.rows(self._ranks, self._format.row_bytes(columns)) for _ in range(2))
-        for piece in pieces(columns, part.device):
-            self._format.encode(rows[:, piece], coded, piece.start, leave_lost=self.lossy)
-        if self.lossy and len(part) < rows.numel():
-            part.copy_(rows.view(-1)[: len(part)])
+        coded.zero_()  # the last chunk may have rows without values
+        together = max(1, coding.scratch.shape[1] // columns)  # short rows are encoded at once
+        for row in range(0, self._ranks, together):
+            start = chunk.start + row * columns
+            for piece, place in coding.pieces_of(start, min(start + together * columns, chunk.stop)):
+                width = columns if together > 1 else _whole_blocks(place.stop - place.start)
+                some = coded[row : row + together]
+                coding.encode(place, some, piece.start, width, leave_lost=self.lossy)
         return Sending(chunk, received, coding.via.begin_all_to_all(received, coded))
 
     def _reduce(self, coding: Coding, begun: Sending) -> Sending:
@@ -215,7 +223,7 @@ class CodedExchange(Exchange):
             mean = self._format.mean(begun.coded, coding.shares, scratch, piece.start)
             if self._owed is not None:
                 mean += self._owed[place]
-            self._format.encode(mean.unsqueeze(0), coded, piece.start, leave_lost=self.lossy)
+            self._format.encode(mean.unsqueeze(0), coded, scratch[1:], piece.start)
             if self._owed is not None:
                 self._owed[place] = mean
         return Sending(begun.chunk, begun.coded, coding.via.begin_all_gather(begun.coded, coded))
@@ -262,7 +270,7 @@ class NodesExchange(Exchange):
         self._share = share_of(count, world)
 
     def means(
-        self, values: torch.Tensor, weights: Sequence[float], via: Collectives, fresh: torch.Tensor | None = None
+        self, values: torch.Tensor, weights: Sequence[float], via: Collectives, fresh: Fresh | None = None
     ) -> Iterator[tuple[slice, torch.Tensor]]:
         """`values` becomes what this rank's own share lost; other shares are other ranks' concern."""
         assert via.within is not None
@@ -272,7 +280,12 @@ class NodesExchange(Exchange):
         mine = slice(self._world.local_rank * self._share, min((self._world.local_rank + 1) * self._share, self._count))
         work_type = torch.promote_types(values.dtype, torch.float32) if self.lossy else values.dtype
         shares = torch.zeros(local, self._share, dtype=work_type, device=values.device)
-        new = None if fresh is None else fresh[mine]
+
+        def fresh_of_mine(place: slice) -> torch.Tensor:
+            assert fresh is not None
+            return fresh(slice(mine.start + place.start, mine.start + place.stop))
+
+        new = None if fresh is None else fresh_of_mine
         for chunk, mean in self._between.means(values[mine], nodes, via.between, new):
             shares[self._world.local_rank, chunk] = mean
         if self.lossy:
@@ -341,11 +354,6 @@ def pipeline(
         reduced.append(second(begun.popleft()))
     while reduced:
         yield third(reduced.popleft())
-
-
-def _renewed(values: torch.Tensor, fresh: torch.Tensor | None, place: slice) -> torch.Tensor:
-    """The values of a place, what is fresh added to them."""
-    return values[place] if fresh is None else values[place].add_(fresh[place])
 
 
 def _whole_blocks(count: int) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from trainer.collectives import Collectives
-from trainer.exchange import Exchange, NodesExchange, make_exchange, share_of
+from trainer.exchange import OWED, Exchange, NodesExchange, make_exchange, share_of
 from trainer.flat import pieces
 from trainer.outer import Outer
 from trainer.settings import SyncConfig
@@ -34,7 +34,7 @@ class Part:
         self.agreed_sq_norm = 0.0
         """Squared norm of the latest average."""
         self._outgoing: torch.Tensor | None = None
-        """What is sent; then the mean, or what the wire format lost."""
+        """What is sent, or the mean of it; where the wire format loses something, what it lost."""
         self._owed_within: torch.Tensor | None = None
         """What the wire format inside the node lost."""
         self._correction: torch.Tensor | None = None
@@ -75,9 +75,8 @@ class Part:
             return
         base = _present(self._base)
         if self._owed_within is None:
-            self._owed_within = torch.zeros_like(base)
-        self._owed_within += self.values - base
-        for chunk, mean in self._within.means(self._owed_within, weights, via):
+            self._owed_within = torch.zeros_like(base, dtype=OWED)
+        for chunk, mean in self._within.means(self._owed_within, weights, via, self._has_moved):
             self.values[chunk] = base[chunk] + mean
 
     def rebase(self) -> None:
@@ -117,16 +116,22 @@ class Part:
                 self._outgoing.copy_(_present(self._correction))
             return _squared(self._outgoing).item() if measured else 0.0
         if self._outgoing is None:
-            self._outgoing = torch.zeros_like(self._base)
+            self._outgoing = torch.zeros_like(self._base, dtype=OWED if self._exchange.lossy else None)
         if delayed:
             return _present(self._moved_sq).item()
         norm = torch.zeros((), dtype=torch.float64, device=self.values.device)
-        for piece in pieces(len(self.values), self.values.device):
-            moved = self.values[piece] - self._base[piece]
-            if measured:
-                norm += torch.dot(moved, moved)  # of displacements, so that few digits cancel
-            self._outgoing[piece] += moved
+        for piece in pieces(len(self.values), self.values.device) if measured else ():
+            moved = self._has_moved(piece)
+            norm += torch.dot(moved, moved)  # of displacements, so that few digits cancel
         return norm.item()
+
+    def _has_moved(self, place: slice) -> torch.Tensor:
+        """How far a place of the replica is from the base now."""
+        return self.values[place] - _present(self._base)[place]
+
+    def _had_moved(self, place: slice) -> torch.Tensor:
+        """How far it was."""
+        return _present(self._correction)[place]
 
     def exchange(
         self,
@@ -144,7 +149,7 @@ class Part:
         correction = _present(self._correction) if delayed else None
         norm = torch.zeros((), dtype=torch.float64, device=self.values.device)
         agreed_norm = torch.zeros_like(norm)
-        fresh = None if self._base is None else correction
+        fresh = None if self._base is None else self._had_moved if delayed else self._has_moved
         for place, mean in self._exchange.means(outgoing, weights, via, fresh):
             if measured:
                 norm += _squared(mean) if self._base is None else torch.dot(mean, mean)

@@ -21,8 +21,8 @@ class Format(Protocol):
     def row_bytes(self, count: int) -> int:
         """Bytes of a row of `count` values, a multiple of BLOCK."""
 
-    def encode(self, values: torch.Tensor, coded: torch.Tensor, first: int = 0, *, leave_lost: bool = False) -> None:
-        """Write `values` into `coded`; with `leave_lost` they become what that lost, else they stay."""
+    def encode(self, values: torch.Tensor, coded: torch.Tensor, room: torch.Tensor, first: int = 0) -> None:
+        """Write `values` into `coded`; they become what that lost. `room`, like `values`, is written over."""
 
     def decode(self, coded: torch.Tensor, values: torch.Tensor, first: int = 0) -> None:
         """Write what `coded` says into `values`."""
@@ -42,11 +42,10 @@ class Cast:
         """`dtype`'s own bytes."""
         return count * self.dtype.itemsize
 
-    def encode(self, values: torch.Tensor, coded: torch.Tensor, first: int = 0, *, leave_lost: bool = False) -> None:
+    def encode(self, values: torch.Tensor, coded: torch.Tensor, room: torch.Tensor, first: int = 0) -> None:
         """Round to nearest."""
         numbers = self._numbers(coded, first, values.shape[1]).copy_(values)
-        if leave_lost:
-            values.sub_(numbers.to(values.dtype))
+        values.sub_(room.copy_(numbers))
 
     def decode(self, coded: torch.Tensor, values: torch.Tensor, first: int = 0) -> None:
         """Exact."""
@@ -89,21 +88,20 @@ class Blocks:
         """The numbers, then the scales."""
         return self._code_bytes(count) + count // BLOCK * 4
 
-    def encode(self, values: torch.Tensor, coded: torch.Tensor, first: int = 0, *, leave_lost: bool = False) -> None:
+    def encode(self, values: torch.Tensor, coded: torch.Tensor, room: torch.Tensor, first: int = 0) -> None:
         """Round to nearest."""
         blocks = values.view(len(values), -1, BLOCK)
         codes, kept = self._views(coded, first, blocks.shape[1])
         largest = torch.maximum(blocks.amax(dim=2), blocks.amin(dim=2).neg_())
         kept.copy_(largest.clamp_min_(LEAST).div_(self.levels))
         scales = kept.to(values.dtype).unsqueeze(2)
-        numbers = (blocks * scales.reciprocal()).round_()
+        numbers = torch.mul(blocks, scales.reciprocal(), out=room.view(blocks.shape)).round_()
         if self.bits == 8:
             codes.view(torch.int8).copy_(numbers)
         else:
             low, high = numbers.to(torch.int8).add_(8).tensor_split(2, dim=2)
             codes.view(torch.int8).copy_(high.bitwise_left_shift_(4).bitwise_or_(low))
-        if leave_lost:
-            blocks.addcmul_(numbers, scales, value=-1)
+        blocks.addcmul_(numbers, scales, value=-1)
 
     def decode(self, coded: torch.Tensor, values: torch.Tensor, first: int = 0) -> None:
         """Number times scale."""
