@@ -22,7 +22,7 @@ from benchmarks.provenance import provenance
 from benchmarks.shaped import bits_per_s, hosts, interface_bytes, write_table
 from trainer.collectives import Collectives
 from trainer.config import WorldConfig
-from trainer.exchange import make_exchange
+from trainer.exchange import OWED, make_exchange
 from trainer.settings import SyncConfig
 from trainer.world import open_world
 
@@ -41,12 +41,14 @@ def worker(out: Path, repeats: int, sizes: list[int], bucket_bytes: int) -> None
         weights = [1 / world.size] * world.size
         for count in sizes:
             values = torch.randn(count)
+            owed = torch.zeros(count, dtype=OWED)
             exchanges = {name: make_exchange(name, values, count, world.size, bucket_bytes) for name in FORMATS}
             for repeat in range(repeats + 1):  # the first warms up
                 for name, exchange in exchanges.items():
                     via.gather({"ready": 1})
                     sent, before, began = interface_bytes(), via.sent_bytes, time.perf_counter()
-                    for _, mean in exchange.means(values, weights, via):
+                    own, fresh = (owed, values.__getitem__) if exchange.lossy else (values, None)
+                    for _, mean in exchange.means(own, weights, via, fresh):
                         mean.sum()
                     took = time.perf_counter() - began
                     ranks = via.gather(
