@@ -56,10 +56,12 @@ def test_zeros_stay_and_what_is_not_finite_shows(name: str) -> None:
     assert torch.equal(out[0, BLOCK:], values[0, BLOCK:])
 
 
-def exchanged(world: World, name: str, count: int, times: int, bucket_bytes: int) -> list[torch.Tensor | float]:
+def exchanged(
+    world: World, name: str, count: int, times: int, bucket_bytes: int, hidden: bool = False
+) -> list[torch.Tensor | float]:
     """What `times` exchanges gave in sum, this rank's residual and owed rest, and the bytes of one."""
     collectives = Collectives(world, Clock(world.device), 2**20)
-    exchange = make_exchange(name, torch.empty(0), count, world.size, bucket_bytes)
+    exchange = make_exchange(name, torch.empty(0), count, world.size, bucket_bytes, hidden=hidden)
     weights = [2 * (rank + 1) / (world.size * (world.size + 1)) for rank in range(world.size)]
     total, residual = torch.zeros(count), torch.zeros(count, dtype=OWED)
     draw = torch.Generator().manual_seed(world.rank)
@@ -98,6 +100,17 @@ def test_an_exchange_loses_nothing_over_time_and_sends_few_bytes(name: str, rank
         assert missing.abs().max() <= 1e-6 + 3 * rounded
     if ranks > 1 and name != "float32":
         assert results[0][4] <= RATIOS[name] * 2 * (ranks - 1) / ranks * 4 * count
+
+
+@pytest.mark.parametrize(("ranks", "count"), [(4, 130), (3, 1_000_003), (2, 2_500_001)])
+def test_lengths_of_less_than_a_row_and_of_more_than_a_piece_arrive(ranks: int, count: int) -> None:
+    results = run(ranks, exchanged, "int8", count, 1, 2**24, True)
+    weights = [2 * (rank + 1) / (ranks * (ranks + 1)) for rank in range(ranks)]
+    mean = sum(weight * result[1] for weight, result in zip(weights, results, strict=True))
+    largest = max(result[1].abs().max() for result in results)
+    for result in results:
+        assert torch.equal(result[0], results[0][0])
+        assert (result[0] - mean).abs().max() <= 2 * largest / 127 / 2  # its own encoding's, and the mean's
 
 
 @pytest.mark.parametrize("count", range(5))
