@@ -112,13 +112,12 @@ class Coding:
         count = place.stop - place.start
         values, room = self.scratch[:, : len(coded) * width]
         values[count:] = 0
-        if self._fresh is None:
-            values[:count] = self._values[place]
-        else:
-            torch.add(self._fresh(place), self._values[place], out=values[:count])
+        some = values[:count].copy_(self._values[place])
+        if self._fresh is not None:
+            some.add_(self._fresh(place))  # faster than one operation on two types
         self._format.encode(values.view(-1, width), coded, room.view(-1, width), first)
         if leave_lost:
-            self._values[place] = values[:count]
+            self._values[place].copy_(some)
 
     def rows(self, count: int, size: int) -> torch.Tensor:
         """Room for encoded values, (count, size) bytes."""
