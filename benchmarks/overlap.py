@@ -43,6 +43,7 @@ WAYS: dict[str, dict[str, Any]] = {
         "max_delay_steps": 16,
         "fragments": 4,
     },
+    "int4, blocking": {"wire_format": "int4"},
     "int4, delay auto": {"wire_format": "int4", "delay_steps": "auto", "max_delay_steps": 16},
     "int8, delay auto, 2 fragments": HALVES,
     "int8, delay auto, 2 fragments, outer 0.4": {**HALVES, "outer": "fedavgm", "outer_momentum": 0.4},
