@@ -36,20 +36,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 
 from benchmarks.provenance import provenance
 from benchmarks.shaped import write_table
-from trainer import recipes
-from trainer.data import Transform, open_part
-from trainer.tasks import build_model, loss_function
+from benchmarks.sharpness import sharpness
 
 Runs = dict[tuple[str, str], list[dict[str, Any]]]
 RESULTS = Path("benchmarks/results/paper")
@@ -60,8 +57,6 @@ MODELS, RATES = ("resnet50", "vgg11"), (0.01, 0.03, 0.1)
 MOST_SEEDS, TUNING_SEED = 100, 1_000
 RAMP_SAMPLES = 4 * RANKS * LARGE
 AXES = {"local_step": "iterations", "samples": "samples", "elapsed_s": "seconds"}
-POWER_ITERATIONS = 20
-HESSIAN_CHUNK = 64
 
 
 @dataclass(frozen=True)
@@ -177,50 +172,6 @@ def measure_once(trial: Trial, settings: Settings) -> bool:
     told = "diverged" if trouble else f"accuracy {result['summary']['test_accuracy']:.4f}"
     print(f"{out.stem}: {told}, {time.monotonic() - began:.0f} s with all that is not training", flush=True)
     return True
-
-
-def sharpness(folder: Path, samples: int) -> float:
-    """Largest eigenvalue of the training loss's Hessian at the run's final model, in evaluation mode, over so many
-    training samples without augmentation (the same for every run)."""
-    config = recipes.load(folder / "config.toml")
-    part = open_part(config.data, train=True, seed=0)
-    inputs, labels = part.subset(np.random.default_rng(0).permutation(len(part))[:samples]).items.tensors
-    inputs = Transform.of(part, config.data, torch.device("cpu"), train=False)(inputs)
-    model = build_model(config.task, part.classes, inputs.shape[1], inputs.shape[-1])
-    model.load_state_dict(torch.load(folder / "model.pt", map_location="cpu"))
-    model.eval()
-    loss, parameters = loss_function(config.task), list(model.parameters())
-
-    def product(vector: torch.Tensor) -> torch.Tensor:
-        split = torch.split(vector, [each.numel() for each in parameters])
-        pieces = [piece.view_as(each) for piece, each in zip(split, parameters, strict=True)]
-        total = torch.zeros_like(vector)
-        for some, right in zip(torch.split(inputs, HESSIAN_CHUNK), torch.split(labels, HESSIAN_CHUNK), strict=True):
-            mean = loss(model(some), right) * (len(right) / len(labels))
-            slopes = torch.autograd.grad(mean, parameters, create_graph=True)
-            seconds = torch.autograd.grad(slopes, parameters, pieces)
-            total += torch.cat([each.reshape(-1) for each in seconds])
-        return total
-
-    size = sum(each.numel() for each in parameters)
-    found = dominant_eigenvalue(product, size)
-    if found >= 0:
-        return found
-    return found + dominant_eigenvalue(lambda vector: product(vector) - found * vector, size)
-
-
-def dominant_eigenvalue(product: Callable[[torch.Tensor], torch.Tensor], size: int) -> float:
-    """The eigenvalue of largest magnitude, by power iteration until it changes by less than 1 %."""
-    vector = torch.randn(size, generator=torch.Generator().manual_seed(0))
-    value = math.inf
-    for _ in range(POWER_ITERATIONS):
-        vector /= vector.norm()
-        image = product(vector)
-        before, value = value, float(vector @ image)
-        if abs(value - before) < 0.01 * abs(value):
-            break
-        vector = image
-    return value
 
 
 def grid(method: str, quick: bool) -> list[float]:
