@@ -368,7 +368,7 @@ def test_an_outer_optimizer_begins_anew_after_averaged_gradients() -> None:
 
 
 def test_slowmo_stands_still_where_a_schedule_ends_at_rate_0() -> None:
-    outer = Outer("slowmo", torch.zeros(4), None, None)
+    outer = Outer.of(SyncConfig(outer="slowmo"), torch.zeros(4))
     moved = outer.direct_(torch.full((4,), 0.2), slice(0, 4), 0.1)
     torch.testing.assert_close(moved, torch.full((4,), 0.2))
     still = outer.direct_(torch.zeros(4), slice(0, 4), 0.0)
@@ -820,7 +820,7 @@ EARLY = Plan(8, 4, early_end="divergence", early_end_above=1.0)
         ({"outer_lr": 0.5}, Plan(8, 4), "outer_lr = 0.5: needs sync.outer"),
         ({"delay_steps": 2}, Plan(8, 4, delay_steps=1), "delay_steps = 2: has no effect: the policy's plans say it"),
         ({"wire_format": "int8"}, Plan(8, 4, wire_format="bf16"), "wire_format = 'int8': has no effect"),
-        ({"fragments": 2}, Plan(8, 4, delay_steps=1), "fragments = 2: must be 1 where the policy plans delays"),
+        ({"fragments": 2}, Plan(8, 4, fragments=4), "fragments = 2: has no effect: the policy's plans say it"),
         ({"mixing": 0.5}, EARLY, "mixing = 0.5: must be 1 where divergence ends rounds"),
         ({"mixing": 0.5}, Plan(8, 1), "mixing = 0.5: averages no parameters at period 1"),
         ({"node_period_steps": 1, "node_wire_format": "int8"}, Plan(8, 4), "node_wire_format = 'int8': averages no"),

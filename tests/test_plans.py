@@ -151,13 +151,13 @@ def test_a_plans_own_delay_is_the_settings_delay() -> None:
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6, msg=f"rank {rank}")
 
 
-def test_delay_and_format_may_change_at_every_round() -> None:
+def test_delay_format_and_fragments_may_change_at_every_round() -> None:
     plans = (
         Plan(8, 4, wire_format="int8"),
         Plan(8, 4, delay_steps=3, wire_format="int4"),
         Plan(8, 4, delay_steps="auto", wire_format="float32"),
         Plan(8, 1),
-        Plan(8, 4, delay_steps=2, wire_format="bf16"),
+        Plan(8, 4, delay_steps=2, wire_format="bf16", fragments=3),
     )
     results = run(2, train, SyncConfig(observe_steps=2), InTurn(each=plans), 40)
     assert {ended.phase.plan for ended in results[0][1]} == set(plans)
@@ -183,6 +183,24 @@ def test_every_fragment_is_averaged_in_rounds_shorter_than_there_are_fragments()
     assert torch.equal(first[4][:16], second[4][:16])
     assert not torch.equal(first[4][16:], second[4][16:])
     assert torch.equal(first[5][16:], second[5][16:])
+
+
+def test_a_plan_may_say_what_the_settings_say_else() -> None:
+    said = Constant(Plan(8, 4, fragments=4, delay_steps=1, wire_format="int8"))
+    asked = SyncConfig(fragments=4, delay_steps=1, wire_format="int8")
+    ours, theirs = run(2, train, SyncConfig(), said, 12), run(2, train, asked, Constant(Plan(8, 4)), 12)
+    for rank in range(2):
+        assert torch.equal(torch.stack(ours[rank][0]), torch.stack(theirs[rank][0]))
+
+
+def test_an_outer_momentum_goes_on_where_the_fragments_change() -> None:
+    outer = SyncConfig(outer="fedavgm", outer_momentum=0.5)
+    first, same, other = Plan(8, 4), Plan(8, 4, wire_format="bf16"), Plan(8, 4, wire_format="bf16", fragments=3)
+    kept, divided, plain = (
+        run(2, train, settings, InTurn(each=(first, second)), 8)[0][0][7]
+        for settings, second in ((outer, same), (outer, other), (SyncConfig(), same))
+    )
+    assert float((divided - kept).norm()) < 0.2 * float((kept - plain).norm())
 
 
 def momenta(world: World, state: str) -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -15,6 +14,7 @@ from trainer.background import Background
 from trainer.clock import Clock
 from trainer.collectives import Collectives
 from trainer.ledger import Header, compare
+from trainer.outer import Outer
 from trainer.part import Part
 from trainer.replica import Place, Replica
 from trainer.settings import SyncConfig
@@ -27,8 +27,7 @@ class Arrived:
     headers: list[Header]
     """Every rank's, by rank."""
     divergence: float
-    """Mean squared distance of the replicas from their mean, weighted by samples; of the parts that were sent. NaN
-    where that is not asked: a round's end tells it."""
+    """Squared distance of the replicas from their mean, weighted by samples; of the parts that were sent."""
     sq_norm: float
     """Squared norm of their mean; of the same parts, at the same times."""
     transfer_s: float
@@ -97,6 +96,7 @@ class Averager:
     def __init__(self, replica: Replica, settings: SyncConfig, collectives: Collectives, clock: Clock) -> None:
         self._replica, self.settings, self._via, self._clock = replica, settings, collectives, clock
         self._fragments: list[list[Part]] = []
+        self._outers: list[Outer | None] = []
         self._background: Background | None = None
         self._beside = collectives
         self.flying: list[Transfer] = []
@@ -104,20 +104,28 @@ class Averager:
     def open(self) -> None:
         """Begin from replicas that are one; every rank calls it."""
         world, settings = self._via.world, self.settings
-        count = settings.fragments
-        for number in range(count):
-            pieces = [
-                flat[len(flat) * number // count : len(flat) * (number + 1) // count]
-                for flat in self._replica.flat_parameters.adopt()
-            ]
-            self._fragments.append([Part(piece, settings, world) for piece in pieces if len(piece)])
+        self._outers = [Outer.of(settings, flat) for flat in self._replica.flat_parameters.adopt()]
+        self._divide()
         if settings.node_period_steps is not None and world.size > 1:
             self._via.add_levels(world.mesh["local"].get_group(), world.mesh["node"].get_group())
         self._open_background()
 
+    def _divide(self) -> None:
+        """Make the fragments, each with its share of every flat buffer."""
+        flats, count = self._replica.flat_parameters.adopt(), self.settings.fragments
+        self._fragments = [[] for _ in range(count)]
+        for number, fragment in enumerate(self._fragments):
+            for flat, outer in zip(flats, self._outers, strict=True):
+                place = slice(len(flat) * number // count, len(flat) * (number + 1) // count)
+                if place.start < place.stop:
+                    share = None if outer is None else outer.at(place)
+                    fragment.append(Part(flat[place], self.settings, self._via.world, share))
+
     def use(self, settings: SyncConfig) -> None:
         """Average as these settings say from now on: every rank calls it, with replicas that are one."""
         self.settings = settings
+        if settings.fragments != len(self._fragments):
+            self._divide()
         self._replica.flat_parameters.adopt()
         for part in self._parts(self.everything):
             part.use(settings)
@@ -175,7 +183,7 @@ class Averager:
         carried = self._carry(delayed) if ends_round else Carried()
         if delayed:
             for part in parts:
-                part.snapshot(measured=ends_round)
+                part.snapshot()
         began = time.perf_counter()
 
         def work() -> Arrived:
@@ -217,15 +225,13 @@ class Averager:
         via = self._beside if delayed else self._via
         before = via.sent_bytes
         with nullcontext() if delayed else self._clock.waiting("sync_wait"), torch.no_grad():
-            norm = sum(part.pack(delayed=delayed, measured=ends_round) for part in parts)
+            norm = sum(part.pack(delayed=delayed) for part in parts)
             headers = via.gather(header | {"norm": norm})
             compare(headers)
             trained = sum(rank["samples"] for rank in headers)
             weights = [rank["samples"] / trained if trained else 1 / via.size for rank in headers]
             lr = sum(rank["lr"] for rank in headers) / via.size
-            mean = sum(
-                part.exchange(weights, lr, via, delayed=delayed, plainly=plainly, measured=ends_round) for part in parts
-            )
+            mean = sum(part.exchange(weights, lr, via, delayed=delayed, plainly=plainly) for part in parts)
             sq_norm = sum(part.agreed_sq_norm for part in parts)
             one_layout = not ends_round or len({rank["layout"] for rank in headers}) == 1
             if delayed and not one_layout:
@@ -235,7 +241,7 @@ class Averager:
             via.mean_([*carried.buffers, *carried.state.values()], weights[via.rank])
         divergence = max(0.0, sum(w * rank["norm"] for w, rank in zip(weights, headers, strict=True)) - mean)
         took, sent = time.perf_counter() - began, via.sent_bytes - before
-        return Arrived(headers, *((divergence, sq_norm) if ends_round else (math.nan, math.nan)), took, sent)
+        return Arrived(headers, divergence, sq_norm, took, sent)
 
     def _carry(self, delayed: bool) -> Carried:
         """Buffers and optimizer state as they are now, as far as the settings say that they are averaged."""

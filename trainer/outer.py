@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from trainer.settings import SyncConfig
+
 TAU, BETA2 = 1e-3, 0.99
 LEAST_LR = 1e-12  # a schedule may end at 0, where nothing has moved
 Moments = Mapping[str, torch.Tensor]
@@ -63,13 +65,25 @@ RULES = {
 
 
 class Outer:
-    """One flat base under one rule."""
+    """One flat buffer of parameters under one rule."""
 
-    def __init__(self, name: str, base: torch.Tensor, lr: float | None, momentum: float | None) -> None:
-        self._rule = RULES[name]
-        self._lr = self._rule.lr if lr is None else lr
-        self._beta = self._rule.momentum if momentum is None else momentum
-        self._moments = {moment: torch.full_like(base, value) for moment, value in self._rule.begins.items()}
+    def __init__(self, rule: Rule, lr: float, beta: float, moments: Moments) -> None:
+        self._rule, self._lr, self._beta, self._moments = rule, lr, beta, moments
+
+    @classmethod
+    def of(cls, settings: SyncConfig, values: torch.Tensor) -> Outer | None:
+        """What the settings say for these parameters."""
+        if settings.outer == "none":
+            return None
+        rule, lr, beta = RULES[settings.outer], settings.outer_lr, settings.outer_momentum
+        kind = torch.promote_types(values.dtype, torch.float32)
+        moments = {moment: torch.full_like(values, value, dtype=kind) for moment, value in rule.begins.items()}
+        return cls(rule, rule.lr if lr is None else lr, rule.momentum if beta is None else beta, moments)
+
+    def at(self, place: slice) -> Outer:
+        """The same for a place of the buffer, in the same memory."""
+        moments = {name: moment[place] for name, moment in self._moments.items()}
+        return Outer(self._rule, self._lr, self._beta, moments)
 
     def direct_(self, delta: torch.Tensor, place: slice, local_lr: float) -> torch.Tensor:
         """Make a place's averaged displacement what the base is to move by there; `local_lr` is γ."""
@@ -85,7 +99,7 @@ class Outer:
 
     def state_dict(self) -> dict[str, Any]:
         """Moments, for a checkpoint."""
-        return self._moments
+        return dict(self._moments)
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         """Go on from a checkpoint."""

@@ -22,15 +22,13 @@ class Part:
     taken, ranks send displacements from `base`, the last model that they agreed on; else they send their parameters.
     """
 
-    def __init__(self, values: torch.Tensor, settings: SyncConfig, world: World) -> None:
+    def __init__(self, values: torch.Tensor, settings: SyncConfig, world: World, outer: Outer | None) -> None:
         self.values = values
         self._world = world
         self._mixing = settings.mixing
         self._base: torch.Tensor | None = None
-        self._outer: Outer | None = None
+        self._outer = outer
         self.use(settings)
-        if settings.outer != "none":
-            self._outer = Outer(settings.outer, _present(self._base), settings.outer_lr, settings.outer_momentum)
         self.agreed_sq_norm = 0.0
         """Squared norm of the latest average."""
         self._outgoing: torch.Tensor | None = None
@@ -41,7 +39,7 @@ class Part:
         """The snapshot (minus the base, where there is one); once the average is there, the average minus the
         snapshot."""
         self._moved_sq: torch.Tensor | None = None
-        """Squared norm of the snapshot minus the base, where it was measured."""
+        """Squared norm of the snapshot minus the base."""
 
     def use(self, settings: SyncConfig) -> None:
         """Exchange as these settings say from now on; the replicas are one, and nothing is under way."""
@@ -91,9 +89,8 @@ class Part:
             if exchange is not None:
                 exchange.forget()
 
-    def snapshot(self, *, measured: bool) -> None:
-        """Remember the replica as it is now, so that training may change it while it is averaged; `measured` as in
-        `pack`, which follows."""
+    def snapshot(self) -> None:
+        """Remember the replica as it is now, so that training may change it while it is averaged; `pack` follows."""
         if self._correction is None:
             self._correction = torch.empty_like(self.values if self._base is None else self._base)
         if self._base is None:
@@ -102,11 +99,10 @@ class Part:
         self._moved_sq = torch.zeros((), dtype=torch.float64, device=self.values.device)
         for piece in pieces(len(self.values), self.values.device):
             moved = torch.sub(self.values[piece], self._base[piece], out=self._correction[piece])
-            if measured:
-                self._moved_sq += torch.dot(moved, moved)
+            self._moved_sq += torch.dot(moved, moved)
 
-    def pack(self, *, delayed: bool, measured: bool) -> float:
-        """Make ready what is sent; where it is `measured`, the squared norm of this rank's share of the divergence."""
+    def pack(self, *, delayed: bool) -> float:
+        """Make ready what is sent; the squared norm of this rank's share of the divergence."""
         if self._base is None:
             if not delayed:
                 self._outgoing = self.values
@@ -114,13 +110,13 @@ class Part:
                 if self._outgoing is None or self._outgoing is self.values:
                     self._outgoing = torch.empty_like(self.values)
                 self._outgoing.copy_(_present(self._correction))
-            return _squared(self._outgoing).item() if measured else 0.0
+            return _squared(self._outgoing).item()
         if self._outgoing is None:
             self._outgoing = torch.zeros_like(self._base, dtype=OWED if self._exchange.lossy else None)
         if delayed:
             return _present(self._moved_sq).item()
         norm = torch.zeros((), dtype=torch.float64, device=self.values.device)
-        for piece in pieces(len(self.values), self.values.device) if measured else ():
+        for piece in pieces(len(self.values), self.values.device):
             moved = self._has_moved(piece)
             norm += torch.dot(moved, moved)  # of displacements, so that few digits cancel
         return norm.item()
@@ -141,25 +137,22 @@ class Part:
         *,
         delayed: bool,
         plainly: bool,
-        measured: bool,
     ) -> float:
-        """Average with the other ranks; the squared norm of the mean, where it is `measured`. `plainly` passes the
-        outer optimizer by."""
+        """Average with the other ranks; the squared norm of the mean. `plainly` passes the outer optimizer by."""
         outgoing, outer = _present(self._outgoing), None if plainly else self._outer
         correction = _present(self._correction) if delayed else None
         norm = torch.zeros((), dtype=torch.float64, device=self.values.device)
         agreed_norm = torch.zeros_like(norm)
         fresh = None if self._base is None else self._had_moved if delayed else self._has_moved
         for place, mean in self._exchange.means(outgoing, weights, via, fresh):
-            if measured:
-                norm += _squared(mean) if self._base is None else torch.dot(mean, mean)
+            norm += _squared(mean) if self._base is None else torch.dot(mean, mean)
             if outer is not None:
                 outer.direct_(mean, place, local_lr)
             if self._base is not None:
                 self._base[place] += mean
             else:
                 outgoing[place] = mean
-            if measured and self._base is not None:
+            if self._base is not None:
                 agreed_norm += torch.dot(self._base[place], self._base[place])
             if correction is not None:
                 torch.sub(mean, correction[place], out=correction[place])

@@ -28,6 +28,8 @@ class Plan:
     """Local steps between sending a replica and taking its average; None: as `sync.delay_steps` says."""
     wire_format: WireFormat | None = None
     """Number format of averaged parameters; None: as `sync.wire_format` says."""
+    fragments: int | None = None
+    """Parts of the model, averaged in turn within the round; None: as `sync.fragments` says."""
     early_end: EarlyEnd = "never"
     """Signal that ends a round before its period, asked of all ranks at every local step in one small message."""
     early_end_above: float = 0.0
@@ -45,8 +47,11 @@ class Plan:
         require("lr_scale", self.lr_scale, usable, "must be a positive number")
         steps = delay in (None, "auto") or (isinstance(delay, int) and 0 <= delay <= period)
         require("delay_steps", delay, steps, f"must be in 0 .. sync_period_steps ({period}), or auto")
-        usable = self.early_end == "never" or (period > 1 and delay in (None, 0))
-        require("early_end", self.early_end, usable, "needs sync_period_steps above 1 and no delay_steps")
+        parts = self.fragments
+        usable = parts is None or 1 <= parts <= max(period, 1)
+        require("fragments", parts, usable, f"must be in 1 .. sync_period_steps ({period})")
+        usable = self.early_end == "never" or (period > 1 and delay in (None, 0) and parts in (None, 1))
+        require("early_end", self.early_end, usable, "needs sync_period_steps above 1, no delay_steps and no fragments")
         above = self.early_end_above
         usable = above > 0 if self.early_end != "never" else above == 0
         require("early_end_above", above, usable, "goes with early_end, and is above 0 there")

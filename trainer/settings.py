@@ -96,7 +96,8 @@ class SyncConfig:
     def under(self, plan: Plan) -> SyncConfig:
         """These settings with what the Plan says itself."""
         delay = self.delay_steps if plan.delay_steps is None else plan.delay_steps
-        return replace(self, delay_steps=delay, wire_format=plan.wire_format or self.wire_format)
+        wire, fragments = plan.wire_format or self.wire_format, plan.fragments or self.fragments
+        return replace(self, delay_steps=delay, wire_format=wire, fragments=fragments)
 
 
 def check_scaler(settings: SyncConfig, *, used: bool) -> None:
@@ -140,24 +141,20 @@ def _check_idle(settings: SyncConfig) -> None:
 
 
 def _check_said_by_plans(settings: SyncConfig, long: Sequence[Plan]) -> None:
-    """What every plan says itself may not be set beside it, and a delay that it plans is the whole model's."""
-    for name, idle in (("delay_steps", 0), ("wire_format", "float32")):
+    """What every plan says itself may not be set beside it."""
+    for name, idle in (("delay_steps", 0), ("wire_format", "float32"), ("fragments", 1)):
         value = getattr(settings, name)
         used = any(getattr(plan, name) is None for plan in long)
         require(name, value, used or value == idle, "has no effect: the policy's plans say it; leave it out")
-    by_policy = all(plan.delay_steps is not None for plan in long)
-    whole_model = settings.fragments == 1 or not by_policy
-    mend = "must be 1 where the policy plans delays of the whole model"
-    require("fragments", settings.fragments, whole_model, mend)
 
 
 def _check_early_end(settings: SyncConfig, plan: Plan) -> None:
     """What a round may not have that ends when a signal says so."""
     if plan.early_end == "never":
         return
-    at_once = settings.under(plan).delay_steps == 0
-    require("delay_steps", settings.delay_steps, at_once, "must be 0 where rounds end early")
-    require("fragments", settings.fragments, settings.fragments == 1, "must be 1 where rounds end early")
+    under = settings.under(plan)
+    require("delay_steps", settings.delay_steps, under.delay_steps == 0, "must be 0 where rounds end early")
+    require("fragments", settings.fragments, under.fragments == 1, "must be 1 where rounds end early")
     usable = plan.early_end != "gradient_change" or settings.node_period_steps != 1
     require("node_period_steps", settings.node_period_steps, usable, "must not be 1 where gradients end rounds")
     usable = plan.early_end != "divergence" or settings.mixing == 1

@@ -20,7 +20,7 @@ class Timetable:
 
     Args:
         averager: what sends and lands.
-        settings: how many fragments, how late, and how often inside a node.
+        settings: how late, and how often inside a node.
         told: who hears what a round's average brought.
         progress: where this rank is.
     """
@@ -28,6 +28,7 @@ class Timetable:
     def __init__(self, averager: Averager, settings: SyncConfig, told: Rounds, progress: Progress) -> None:
         self._averager, self._settings, self._told, self._progress = averager, settings, told, progress
         self._delay = Delay(settings)
+        self._apart, self._sq_norm = 0.0, 0.0  # of the fragments that were taken of the present round
         self.are_one = True
         """The replicas are equal on all ranks."""
 
@@ -94,23 +95,27 @@ class Timetable:
             self._delay.saw(arrived.headers)
             whole = transfer.fragments == tuple(self._averager.everything) and self._settings.mixing == 1
             self.are_one |= whole and transfer.sent_at == now
+            self._apart += arrived.divergence
+            self._sq_norm += arrived.sq_norm
             if transfer.ends_round:
                 self._told.tell(
                     arrived.headers,
-                    divergence=arrived.divergence,
-                    model_sq_norm=arrived.sq_norm,
+                    divergence=self._apart,
+                    model_sq_norm=self._sq_norm,
                     delay_steps=min(transfer.land_at, now) - transfer.sent_at,
                 )
+                self._apart = self._sq_norm = 0.0
 
     def _turn(self, fragment: int, plan: Plan) -> int:
         """Local step of a round at whose end this fragment is sent."""
-        return -(-(fragment + 1) * plan.sync_period_steps // self._settings.fragments)
+        return -(-(fragment + 1) * plan.sync_period_steps // len(self._averager.everything))
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint; the averager's own state is apart."""
-        return {"delay": self._delay.state_dict(), "are_one": self.are_one}
+        told = {"apart": self._apart, "sq_norm": self._sq_norm}
+        return {"delay": self._delay.state_dict(), "are_one": self.are_one, **told}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint."""
         self._delay.load_state_dict(state["delay"])
-        self.are_one = state["are_one"]
+        self.are_one, self._apart, self._sq_norm = state["are_one"], state["apart"], state["sq_norm"]

@@ -22,7 +22,7 @@ from trainer.replay.drawing import picture
 from trainer.report import text
 
 SHOWN = 20
-HEAD = ("phase", "batch", "period", "delay", "wire", "lr scale")
+HEAD = ("phase", "batch", "period", "delay", "wire", "lr scale", "fragments", "early end")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -119,13 +119,16 @@ def _told(decision: Decision) -> dict[str, str]:
 def phases(decisions: Sequence[Replayed], recorded: str, other: str) -> str:
     """A row wherever a phase begins on either side; blank is the side whose phase goes on."""
     sides = [each.recorded for each in decisions], [each.decided for each in decisions]
-    ends_early = any(decision.plan.early_end != "never" for side in sides for decision in side)
-    head = [*HEAD, "early end"] if ends_early else [*HEAD]
-    blank = [""] * len(head)
+    plans = [decision.plan for side in sides for decision in side]
+    used = {"fragments": any(plan.fragments for plan in plans)}
+    used["early end"] = any(plan.early_end != "never" for plan in plans)
+    columns = [i for i, name in enumerate(HEAD) if used.get(name, True)]
+    head, blank = [HEAD[i] for i in columns], [""] * len(columns)
     names = f"recorded: {recorded}", f"replayed: {other}"
     rows = [["", "", *(cell for name in names for cell in [name, *blank[1:]])], ["round", "samples", *head, *head]]
     for i, each in enumerate(decisions):
-        pair = [_cells(side[i])[: len(head)] if _begins(side, i) else blank for side in sides]
+        cells = [_cells(side[i]) for side in sides]
+        pair = [[cells[j][k] for k in columns] if _begins(side, i) else blank for j, side in enumerate(sides)]
         if pair != [blank, blank]:
             rows.append([f"{each.round:,}", f"{each.samples:,}", *pair[0], *pair[1]])
     unsaid = any(text.NONE in row for row in rows)
@@ -149,6 +152,7 @@ def _cells(decision: Decision) -> list[str]:
         delay,
         wire,
         f"{plan.lr_scale:.4g}",
+        "" if plan.fragments is None else f"{plan.fragments}",
         early,
     ]
 
