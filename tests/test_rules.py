@@ -264,7 +264,7 @@ def seen_by(
             steps=steps,
             slowest_compute_s=steps * step_s,
             sync_wait_s=0.0,
-            transfer_s=transfer_s * bytes_of,
+            transfer_s=transfer_s * bytes_of / (plan.fragments or 1),
             noise_scale=noise,
             divergence=1e-5 * steps**1.5,
             model_sq_norm=1.0,
@@ -293,7 +293,7 @@ def test_autopilot_measures_in_the_shortest_rounds_and_a_larger_batch_only_where
         probed.append((controller.plan.batch_per_rank, controller.plan.sync_period_steps, controller.plan.delay_steps))
         seen = seen_by(controller.plan, round=len(probed), transfer_s=0.3, noise=noise)
         controller.observe(replace(seen, local_step=2 * len(probed)))
-    assert probed == [(32, 2, 0)] * 8 + [(64, 2, 0)] * (8 if larger else 0), "16 local steps each"
+    assert probed == [(32, 2, 0)] * 16 + [(64, 2, 0)] * (16 if larger else 0), "32 local steps each"
     assert Costs.restored(controller.state_dict()["memory"]["costs"]).largest_batch == (64 if larger else 32)
 
 
@@ -304,6 +304,34 @@ def test_autopilot_averages_more_rarely_and_hides_more_where_the_network_is_slow
     hiding = cruise(Autopilot(care=1), 5.0).plan
     assert isinstance(hiding.delay_steps, int)
     assert hiding.delay_steps > 0
+
+
+def test_autopilot_hides_a_slow_average_in_fragments_where_a_whole_one_would_come_late() -> None:
+    """Of 42 ms a step an average of 140 ms takes four; a quarter of it takes one, and replicas part for fewer steps."""
+    policy = Autopilot()
+    plan = cruise(policy, 1.0, noise=30.0).plan
+    assert plan.fragments is not None
+    assert plan.fragments > 1
+    whole = math.ceil(0.141 / 0.042)
+    assert isinstance(plan.delay_steps, int)
+    assert 0 < plan.delay_steps < whole
+    assert cruise(policy, 0.01, noise=30.0).plan.fragments == 1, "one step hides the whole"
+
+
+def test_an_average_in_fragments_is_hidden_sooner_at_more_of_the_cores() -> None:
+    costs = Costs(step_s={"32 0": 0.04, "32 0.125": 0.042}, transfer_s={"int4": 0.12}, unit_drift=1e-5, lr=1.0)
+    whole, thirds = (
+        worth(Plan(32, 8, delay_steps=delay, wire_format="int4", fragments=fragments), costs, 2, 32, 0.01)
+        for delay, fragments in ((3, 1), (1, 3))
+    )
+    assert costs.transfer("int4", 3) == pytest.approx(0.04)
+    assert whole.samples_per_s == pytest.approx(512 / (0.32 + 0.016))
+    assert thirds.samples_per_s == pytest.approx(512 / (0.32 + 1.5 * 0.016))
+    assert thirds.drift < whole.drift
+    late = worth(Plan(32, 3, delay_steps=1, wire_format="int8", fragments=3), costs, 2, 32, 0.01)
+    assert late.samples_per_s == pytest.approx(192 / (0.12 * 0.266 / 0.141 + 1.5 * 0.016)), (
+        "a link has no room for more"
+    )
 
 
 def test_autopilot_raises_the_batch_only_where_noise_allows_it() -> None:

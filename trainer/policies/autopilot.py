@@ -13,7 +13,9 @@ from trainer.policies.base import LrScaling, Policy, held, register
 from trainer.policies.goodput import Costs, Worth, drift_of, worth
 
 FORMATS: tuple[WireFormat, ...] = ("float32", "int8", "int4")
-PROBE_PERIOD, PROBE_STEPS = 2, 16
+FRAGMENTS = 1, 2, 3, 4
+PROBE_PERIOD, PROBE_STEPS = 2, 32
+LARGER_PERIOD = 8  # of a larger batch's probe, at most, so that it ends soon
 FULL_MEMORY = 0.9
 SHOWN = 4
 TIE = 0.03  # goodput so near the best counts as good: then the fewest averages decide
@@ -25,7 +27,7 @@ SLACK = 1.5  # times the bound, before a Plan must end
 @register("autopilot")
 @dataclass(frozen=True)
 class Autopilot(Policy):
-    """Chooses batch, period, delay and wire format by expected goodput.
+    """Chooses batch, period, delay, fragments and wire format by expected goodput.
 
     It begins with the shortest rounds at the smallest batch, to measure compute, network, gradient noise and how fast
     replicas part; then it compares all candidates again and again, and takes a better one where that promises enough. A
@@ -44,7 +46,7 @@ class Autopilot(Policy):
     """Longest period."""
     max_delay_steps: int = 16
     """Longest delay."""
-    max_divergence: float = 0.003
+    max_divergence: float = 0.006
     """Bound on the mean squared distance of replicas from their mean, over the mean's squared norm, of two ranks; of N
     ranks an (N - 1)th of it. There a sample is held to teach half."""
     target: Literal["time", "bytes", "accuracy"] = "time"
@@ -84,16 +86,16 @@ class Autopilot(Policy):
         return self._compare(seen, costs, kept, why)
 
     def plans(self) -> tuple[Plan, ...]:
-        delayed = Plan(self.batch_per_rank, self.max_period_steps, delay_steps=1, wire_format="int4")
+        delayed = Plan(self.batch_per_rank, self.max_period_steps, delay_steps=1, wire_format="int4", fragments=1)
         return (self._probe(self.batch_per_rank), delayed)
 
     def _probe(self, batch: int) -> Plan:
         # of the shortest rounds, since replicas that part in a run's first steps cost its final accuracy
-        return Plan(batch, PROBE_PERIOD, delay_steps=0, wire_format="int8")
+        return Plan(batch, PROBE_PERIOD, delay_steps=0, wire_format="int4", fragments=1)
 
     def _end_probe(self, seen: Observation, costs: Costs, kept: dict[str, Any], why: dict[str, Any]) -> Decision:
         """Measure on, until what was measured can be compared."""
-        if seen.phase_steps < PROBE_STEPS:
+        if seen.phase_steps < PROBE_STEPS or costs.largest_batch < seen.plan.batch_per_rank:
             return Decision(seen.plan, seen.phase_name, why, kept)
         if not costs.transfer_s and seen.ranks > 1:
             return Decision(seen.plan, seen.phase_name, why | {"held": "not measured: transfer_s"}, kept)
@@ -115,7 +117,9 @@ class Autopilot(Policy):
         why["current"] = current.told()
         kept["expected"] = current.samples_per_s
         if self._may_pay(current, costs, largest, seen.ranks):
-            return Decision(self._probe(2 * self.batch_per_rank), "probe larger", why, kept)
+            period = min(seen.plan.sync_period_steps, LARGER_PERIOD)
+            plan = replace(self._probe(2 * self.batch_per_rank), sync_period_steps=period)
+            return Decision(plan, "probe larger", why, kept)
         largest = min(largest, 2 * max(seen.plan.batch_per_rank, self.batch_per_rank))  # what is near was measured
         found = [self._worth(plan, costs, seen.ranks) for plan in self._candidates(costs, largest)]
         usable = [each for each in found if math.isfinite(each.goodput)]
@@ -163,14 +167,23 @@ class Autopilot(Policy):
     def _candidates(self, costs: Costs, largest: int) -> Iterator[Plan]:
         batch = self.batch_per_rank
         while batch <= largest:
-            for period in (2**power for power in range(self.max_period_steps.bit_length())):
-                if period == 1:
-                    yield Plan(batch, 1)
-                    continue
+            step_s = costs.step(batch)
+            yield Plan(batch, 1)
+            for period in self._periods():
                 for wire in FORMATS:
-                    for delay in sorted({0, self._hiding(costs.transfer(wire), costs.step(batch), period)}):
-                        yield Plan(batch, period, delay_steps=delay, wire_format=wire)
+                    yield Plan(batch, period, delay_steps=0, wire_format=wire, fragments=1)
+                    for fragments in (each for each in FRAGMENTS if each <= period):
+                        transfer_s = costs.transfer(wire, fragments)
+                        delay = self._hiding(transfer_s, step_s, period)
+                        if delay > 0 and (fragments == 1 or fragments * transfer_s <= period * step_s):
+                            yield Plan(batch, period, delay_steps=delay, wire_format=wire, fragments=fragments)
             batch *= 2
+
+    def _periods(self) -> list[int]:
+        """Above 1, each about 1.4 times the one before: 2, 3, 4, 6, 8, 12 and so on."""
+        doubled = [2**power for power in range(1, self.max_period_steps.bit_length())]
+        between = [half + half // 2 for half in doubled]
+        return sorted(each for each in doubled + between if each <= self.max_period_steps)
 
     def _hiding(self, transfer_s: float, step_s: float, period: int) -> int:
         """The fewest steps that hide a transfer, as far as they may."""

@@ -23,6 +23,9 @@ HIDING_SHARE = 0.5
 WORTH = {"float32": 1.0, "bf16": 1.0, "int8": 0.998, "int4": 0.99}
 """Of a sample by wire format, by judgement: int4 behind short periods ended 0.1 points below exact gradients
 (benchmarks/README.md)."""
+FRAGMENT_COST = 0.25
+"""What each further fragment of an average takes from training beside it, of what the average does: of 1.7 million
+parameters, whose quarters took twice as much as the whole."""
 FIT_DECAY = 0.9
 LEAST_LR = 1e-12  # below it nothing moves by the rate
 DRIFT_POWER = 1.5
@@ -55,9 +58,10 @@ class Costs:
     """What was measured of compute, network, gradients and replicas so far."""
 
     step_s: Mapping[str, float] = field(default_factory=dict)
-    """Seconds of a local step by "batch averages" as seen, with the averages a step that go on beside training."""
+    """Seconds of a local step by "batch averages" as seen, with the averages a step that go on beside training, as
+    `beside` counts them."""
     transfer_s: Mapping[str, float] = field(default_factory=dict)
-    """Seconds of an average by wire format (or of gradients), where it was seen."""
+    """Seconds of a transfer by what is sent (as `sent` names it, or gradients), where it was seen."""
     unit_drift: float = math.nan
     """Divergence over the model's squared norm, of one local step at a learning rate of 1."""
     lr: float = math.nan
@@ -77,11 +81,11 @@ class Costs:
         begins = 2 if ran.delay_steps else 1  # rounds
         settled = ran == seen.plan and seen.phase_steps > begins * seen.steps > 0
         if settled and seen.slowest_compute_s > 0:
-            beside = 1 / ran.sync_period_steps if ran.delay_steps and ran.sync_period_steps > 1 else 0
             seconds = seen.slowest_compute_s / seen.steps
-            found = replace(found, step_s=_with(self.step_s, f"{ran.batch_per_rank} {beside:g}", seconds))
+            averages = beside(ran) / ran.sync_period_steps if ran.sync_period_steps else 0
+            found = replace(found, step_s=_with(self.step_s, f"{ran.batch_per_rank} {averages:g}", seconds))
         if settled and seen.transfer_s > 0 and ran.sync_period_steps > 1:
-            found = replace(found, transfer_s=self._transfers(ran.wire_format or "float32", seen.transfer_s))
+            found = replace(found, transfer_s=self._transfers(sent(ran), seen.transfer_s))
         if settled and seen.sync_wait_s > 0 and seen.slowest_compute_s > 0 and ran.sync_period_steps == 1:
             seconds = (seen.sync_wait_s + HIDING_SHARE * seen.slowest_compute_s) / seen.steps
             found = replace(found, transfer_s=self._transfers(GRADIENTS, seconds))
@@ -133,12 +137,13 @@ class Costs:
         seen = [(each.split(), seconds) for each, seconds in self.step_s.items()]
         return fitted([(float(batch), float(beside), seconds) for (batch, beside), seconds in seen])
 
-    def transfer(self, wire: str) -> float:
-        """Seconds of one average: measured, or from another format's by its bytes; NaN where none was seen."""
-        if wire in self.transfer_s:
-            return self.transfer_s[wire]
-        known = [seconds / BYTES_OF_FLOAT32[other] for other, seconds in self.transfer_s.items()]
-        return BYTES_OF_FLOAT32[wire] * max(known) if known else math.nan
+    def transfer(self, wire: str, fragments: int = 1) -> float:
+        """Seconds of a fragment's average: measured, or from others by their bytes; NaN where none was seen."""
+        name = sent_as(wire, fragments)
+        if name in self.transfer_s:
+            return self.transfer_s[name]
+        known = [seconds / _share(other) for other, seconds in self.transfer_s.items()]
+        return _share(name) * max(known) if known else math.nan
 
     def state(self) -> dict[str, Any]:
         """As JSON."""
@@ -148,6 +153,29 @@ class Costs:
     def restored(cls, state: Mapping[str, Any]) -> Costs:
         """The Costs whose `state` this is."""
         return cls(**state)
+
+
+def sent_as(wire: str, fragments: int) -> str:
+    """Names what one transfer sends: "int4", or of several fragments "int4/3"."""
+    return wire if fragments == 1 else f"{wire}/{fragments}"
+
+
+def sent(plan: Plan) -> str:
+    """What one transfer of a Plan sends."""
+    return sent_as(plan.wire_format or "float32", plan.fragments or 1)
+
+
+def _share(name: str) -> float:
+    """Bytes of what is so named over the model's in float32."""
+    wire, _, fragments = name.partition("/")
+    return BYTES_OF_FLOAT32[wire] / int(fragments or 1)
+
+
+def beside(plan: Plan) -> float:
+    """Averages of the whole model that a round's work beside training comes to."""
+    if plan.sync_period_steps <= 1 or not plan.delay_steps:
+        return 0.0
+    return 1 + FRAGMENT_COST * ((plan.fragments or 1) - 1)
 
 
 def _with(means: Mapping[str, float], name: str, value: float) -> dict[str, float]:
@@ -184,6 +212,7 @@ class Worth:
             "period": plan.sync_period_steps,
             "delay": plan.delay_steps,
             "wire": plan.wire_format,
+            "fragments": plan.fragments or 1,
             "samples_per_s": rate,
             "efficiency": efficiency,
             "goodput": goodput,
@@ -197,15 +226,14 @@ def worth(plan: Plan, costs: Costs, ranks: int, base_batch: int, max_drift: floa
     1 / (1 + d / max_drift) for a mean drift d, times the format's worth.
     """
     batch, period, wire = plan.batch_per_rank, plan.sync_period_steps, plan.wire_format or "float32"
-    ranks = max(ranks, 1)
+    ranks, fragments = max(ranks, 1), plan.fragments or 1
     delay = plan.delay_steps if isinstance(plan.delay_steps, int) else 0
-    step_s, transfer_s = costs.step(batch), costs.transfer(wire) if ranks > 1 else 0.0
+    step_s, transfer_s = costs.step(batch), costs.transfer(wire, fragments) if ranks > 1 else 0.0
     if period == 1:
         exposed = max(0.0, costs.transfer(GRADIENTS) - HIDING_SHARE * step_s) if ranks > 1 else 0.0
     else:
-        exposed = max(0.0, transfer_s - delay * step_s)
-    beside_s = costs.beside_s if delay and period > 1 else 0.0
-    round_s = period * step_s + beside_s + exposed
+        exposed = max(0.0, fragments * (transfer_s - delay * step_s), fragments * transfer_s - period * step_s)
+    round_s = period * step_s + beside(plan) * costs.beside_s + exposed
     efficiency, drift = 1.0, drift_of(plan, costs, ranks)
     if batch > base_batch:
         noise = costs.noise_scale
@@ -213,15 +241,16 @@ def worth(plan: Plan, costs: Costs, ranks: int, base_batch: int, max_drift: floa
     efficiency /= 1 + drift / max_drift
     if period > 1:
         efficiency *= WORTH[wire]
-    sent = BYTES_OF_FLOAT32["float32" if period == 1 else wire] / (period * batch * ranks)
-    return Worth(plan, ranks * batch * period / round_s if round_s > 0 else math.inf, efficiency, sent, drift)
+    shares = BYTES_OF_FLOAT32["float32" if period == 1 else wire] / (period * batch * ranks)
+    return Worth(plan, ranks * batch * period / round_s if round_s > 0 else math.inf, efficiency, shares, drift)
 
 
 def drift_of(plan: Plan, costs: Costs, ranks: int) -> float:
     """Divergence over the model's squared norm that a Plan leads to, mean over a round's steps, times the ranks less
     one; 0 where none was seen.
 
-    A delay of D makes replicas D steps' worth apart when they take an average, and period + D steps' just before. N
+    A delay of D makes replicas D steps' worth apart when they take an average, and period + D steps' just before; of
+    fragments each has its own turn, and is as far apart as the whole model would be. N
     replicas are N − 1 times as far from their mean (squared) as it is from where it would be without noise, and they
     make an Nth of the steps: the more ranks, the shorter periods have to be (by the bound of Yu, Yang and Zhu 2019,
     arXiv 1807.06629, in proportion to N^(-3/4), with which this distance falls as N^(-9/8)).
