@@ -31,7 +31,7 @@ class Arrived:
     sq_norm: float
     """Squared norm of their mean; of the same parts, at the same times."""
     transfer_s: float
-    """From sending to having the average, on this rank, peers' lateness included."""
+    """From when it began, after those sent before it, to having the average, on this rank; peers' lateness included."""
     sent_bytes: float
 
 
@@ -184,12 +184,9 @@ class Averager:
         if delayed:
             for part in parts:
                 part.snapshot()
-        began = time.perf_counter()
 
         def work() -> Arrived:
-            return self._exchange(
-                parts, header, carried, began, delayed=delayed, plainly=plainly, ends_round=ends_round
-            )
+            return self._exchange(parts, header, carried, delayed=delayed, plainly=plainly, ends_round=ends_round)
 
         pending: Pending = self._background.submit(work) if delayed and self._background else Done(work())
         due = local_step + (delay_steps if delayed else 0)
@@ -216,14 +213,13 @@ class Averager:
         parts: Sequence[Part],
         header: Header,
         carried: Carried,
-        began: float,
         *,
         delayed: bool,
         plainly: bool,
         ends_round: bool,
     ) -> Arrived:
         via = self._beside if delayed else self._via
-        before = via.sent_bytes
+        before, began = via.sent_bytes, time.perf_counter()
         with nullcontext() if delayed else self._clock.waiting("sync_wait"), torch.no_grad():
             norm = sum(part.pack(delayed=delayed) for part in parts)
             headers = via.gather(header | {"norm": norm})

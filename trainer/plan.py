@@ -112,7 +112,7 @@ class Observation:
     sync_wait_s: float = math.nan
     """Seconds that the training thread waited for the network since the last observation, mean over the ranks."""
     transfer_s: float = math.nan
-    """Seconds from sending a replica to having its average, the most of any rank, at the averaging before this one."""
+    """Seconds of the averaging before this one (of its last fragment), the most of any rank, from when it began."""
     sent_bytes: float = math.nan
     """Bytes that a rank sent since the last observation, mean over the ranks."""
     divergence: float = math.nan
