@@ -31,6 +31,7 @@ from trainer.policies import (
     PostLocal,
     SelSync,
 )
+from trainer.policies.autopilot import _ranked
 from trainer.policies.goodput import Costs, fitted, worth
 from trainer.rate import ScaledRate
 
@@ -330,6 +331,18 @@ def test_an_average_in_fragments_is_hidden_sooner_at_more_of_the_cores() -> None
     assert thirds.drift < whole.drift
     late = worth(Plan(32, 3, delay_steps=3, wire_format="int4", fragments=3), costs, 2, 32, 0.01)
     assert late.samples_per_s == pytest.approx(192 / (0.18 + 1.5 * 0.016)), "a link has no time for more than this"
+
+
+def test_of_plans_that_are_about_as_good_the_one_that_averages_least_is_taken() -> None:
+    """A fast link, whose average takes a little more than a step, and costs the cores next to nothing."""
+    costs = Costs(step_s={"32 0": 0.02}, transfer_s={"int4": 0.021, "int4/2": 0.015, "int4/4": 0.01})
+    costs = replace(costs, unit_drift=1e-9, lr=1.0)
+    policy = Autopilot(max_period_steps=4)
+    found = [worth(plan, costs, 2, 32, policy.max_divergence) for plan in policy._candidates(costs, 32)]
+    scores = {each: each.goodput for each in found if each.plan.wire_format == "int4" and each.plan.delay_steps == 1}
+    assert {each.plan.fragments for each in scores} == {2, 3, 4}
+    best = _ranked(scores)[0]
+    assert (best.plan.sync_period_steps, best.plan.fragments) == (4, 2)
 
 
 def test_autopilot_raises_the_batch_only_where_noise_allows_it() -> None:

@@ -18,7 +18,7 @@ PROBE_PERIOD, PROBE_STEPS = 2, 32
 LARGER_PERIOD = 8  # of a larger batch's probe, at most, so that it ends soon
 FULL_MEMORY = 0.9
 SHOWN = 4
-TIE = 0.03  # goodput so near the best counts as good: then the fewest averages decide
+TIE = 0.03  # goodput so near the best counts as good: then the fewest averages, and fragments, decide
 CARE = {"time": 3.0, "bytes": 3.0, "accuracy": 12.0}
 LATE_CARE = 4.0  # times as much in the late part
 SLACK = 1.5  # times the bound, before a Plan must end
@@ -211,8 +211,13 @@ class Autopilot(Policy):
 
 
 def _ranked(scores: Mapping[Worth, float]) -> list[Worth]:
-    """Best first; of those that are about as good the one that averages least often."""
+    """Best first; of those that are about as good the one that averages least often, and in the fewest fragments."""
     ranked = sorted(scores, key=lambda each: scores[each], reverse=True)
     ties = [each for each in ranked if scores[each] >= (1 - TIE) * scores[ranked[0]]]
-    best = max(ties, key=lambda each: each.plan.sync_period_steps * each.plan.batch_per_rank)
+    best = max(ties, key=lambda each: _rarity(each.plan))
     return [best, *(each for each in ranked if each is not best)]
+
+
+def _rarity(plan: Plan) -> tuple[int, int]:
+    """Samples a rank trains between two averages, then how few fragments they have."""
+    return plan.sync_period_steps * plan.batch_per_rank, -(plan.fragments or 1)
