@@ -46,7 +46,7 @@ class Autopilot(Policy):
     """Longest period."""
     max_delay_steps: int = 16
     """Longest delay."""
-    max_divergence: float = 0.004
+    max_divergence: float = 0.003
     """Bound on the mean squared distance of replicas from their mean, over the mean's squared norm, of two ranks; of N
     ranks an (N - 1)th of it. There a sample is held to teach half."""
     target: Literal["time", "bytes", "accuracy"] = "time"
