@@ -178,6 +178,7 @@ METHODS: dict[str, Any] = {
     "ebbtide_whole_float32": ours(delay_steps="auto"),
     "ebbtide_blocking": ours(),
     "ebbtide_blocking_int8": ours(wire_format="int8"),
+    "ebbtide_blocking_int4": ours(wire_format="int4"),
     "ebbtide_overlap_float32": ours(delay_steps=16),
     "ebbtide_int4_period_32": ours(wire_format="int4", delay_steps="auto", max_delay_steps=32, period=32),
     "ebbtide_int4_period_32_halves": ours(
