@@ -126,9 +126,10 @@ class Averager:
         self.settings = settings
         if settings.fragments != len(self._fragments):
             self._divide()
-        self._replica.flat_parameters.adopt()
-        for part in self._parts(self.everything):
-            part.use(settings)
+        else:
+            self._replica.flat_parameters.adopt()
+            for part in self._parts(self.everything):
+                part.use(settings)
         self._open_background()
 
     def _open_background(self) -> None:

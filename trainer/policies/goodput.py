@@ -253,8 +253,9 @@ def drift_of(plan: Plan, costs: Costs, ranks: int) -> float:
     one; 0 where none was seen.
 
     A delay of D makes replicas D steps' worth apart when they take an average, and period + D steps' just before; of
-    fragments each has its own turn, and is as far apart as the whole model would be. N
-    replicas are N − 1 times as far from their mean (squared) as it is from where it would be without noise, and they
+    fragments each has its own turn, and is as far apart as the whole model would be.
+
+    N replicas are N − 1 times as far from their mean (squared) as it is from where it would be without noise, and they
     make an Nth of the steps: the more ranks, the shorter periods have to be (by the bound of Yu, Yang and Zhu 2019,
     arXiv 1807.06629, in proportion to N^(-3/4), with which this distance falls as N^(-9/8)).
     """
