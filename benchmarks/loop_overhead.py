@@ -2,8 +2,8 @@
 
     python -m benchmarks.loop_overhead [--only speed] [--quick] [--out benchmarks/results/loop_overhead.json]
 
-Both train the FedAvg CNN with the same optimizer on the same pictures. Speed: interleaved repeats in one process, at
-period 1, by batch. Memory: a fresh process each, the peak in a local phase of two ranks against one bare process, and
+Both train the FedAvg CNN with the same optimizer on the same pictures. Speed: in turns in one process, at period 1, by
+batch. Memory: a fresh process each, the peak in a local phase of two ranks against one bare process, and
 against the same two ranks where nothing is averaged, which alone tells what averaging takes; for that CNN (6.7 MB of
 parameters) and one with eight times the hidden units (52 MB).
 """
@@ -11,13 +11,15 @@ parameters) and one with eight times the hidden units (52 MB).
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing as mp
 import os
 import socket
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +43,8 @@ from trainer.world import World, open_world
 OPTIM = OptimConfig()
 
 
-def bare(data: DataConfig, batch: int, steps: int, shards: int = 1, hidden: int = 512) -> float:
-    """Samples a second of a plain loop that looks up shuffled uint8 pictures, normalises and trains; nothing else."""
+def bare(data: DataConfig, batch: int, shards: int = 1, hidden: int = 512) -> Iterator[None]:
+    """A plain loop that looks up shuffled uint8 pictures, normalises and trains, and nothing else; a step at a time."""
     part = open_part(data, train=True, seed=0)
     pictures, labels = part.subset(np.arange(len(part) // shards)).items.tensors
     del part
@@ -50,31 +52,26 @@ def bare(data: DataConfig, batch: int, steps: int, shards: int = 1, hidden: int 
     model, loss_function = FedAvgCNN(hidden=hidden), nn.CrossEntropyLoss()
     optimizer = torch.optim.SGD(model.parameters(), OPTIM.lr, momentum=OPTIM.momentum, nesterov=OPTIM.nesterov)
     order = torch.randperm(len(pictures))
-    began = 0.0
-    for step in range(-WARM_UP, steps):
-        if step == 0:
-            began = time.perf_counter()
-        start = (step + WARM_UP) * batch % (len(order) - batch)
+    for step in itertools.count():
+        start = step * batch % (len(order) - batch)
         chosen = order[start : start + batch]
         optimizer.zero_grad()
         loss = loss_function(model((pictures[chosen].float() / 255 - 0.286) / 0.353), labels[chosen])
         loss.backward()
         optimizer.step()
-    return steps * batch / (time.perf_counter() - began)
+        yield
 
 
 def ours(
     data: DataConfig,
     batch: int,
-    steps: int,
     world: World | None = None,
     period: int = 1,
     settings: SyncConfig = SyncConfig(),  # noqa: B008  # frozen
     hidden: int = 512,
-    at_end: Callable[[], object] = lambda: None,
-) -> float:
-    """Samples a second of the trainer's loop: stream, step, schedule, synchronizer, observations. `at_end` is called
-    after the last local step, before what is still apart is averaged."""
+    steps: int = 2**32,
+) -> Iterator[None]:
+    """The trainer's loop: stream, step, schedule, synchronizer, observations; a step at a time."""
     world = world or World()
     part = open_part(data, train=True, seed=0)
     stream = ShardStream(part.subset(shard_of("iid", len(part), world.size, world.rank, 0)), data, world, 0)
@@ -83,19 +80,16 @@ def ours(
     model = FedAvgCNN(hidden=hidden)
     step_of = LocalStep(StepConfig(), OPTIM, nn.CrossEntropyLoss(), world.device)
     optimizer = build_optimizer(OPTIM, model.parameters())
-    began, total = 0.0, (steps + WARM_UP) * batch * world.size
+    total = steps * batch * world.size
     with LocalSGD(model, optimizer, Constant(Plan(batch, period)), settings=settings, world=world) as sync:
         for inputs, labels in sync.batches(stream, total):
-            if sync.local_step == WARM_UP:
-                began = time.perf_counter()
             set_learning_rate(optimizer, learning_rate(OPTIM, sync.samples, total))
-            loss, skipped, _ = step_of(sync, inputs, labels)
-            sync.step(loss, skipped=skipped)
-        at_end()
-    return steps * batch / (time.perf_counter() - began)
+            loss, skipped, right = step_of(sync, inputs, labels)
+            sync.step(loss, skipped=skipped, right=right)
+            yield
 
 
-WARM_UP = 5
+WARM_UP, TURNS, MEMORY_STEPS = 2, 8, 64
 BATCHES, HIDDEN = (32, 256), (512, 4_096)
 NO_AVERAGING = "no averaging"
 MODES: dict[str, dict[str, Any]] = {
@@ -106,13 +100,29 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
+def seconds_of(loop: Iterator[None], steps: int) -> float:
+    """That so many steps take, once a few have warmed it up again."""
+    for _ in range(WARM_UP):
+        next(loop)
+    began = time.perf_counter()
+    for _ in range(steps):
+        next(loop)
+    return time.perf_counter() - began
+
+
 def speed(data: DataConfig, batch: int, repeats: int, seconds: float) -> dict[str, Any]:
-    """Interleaved repeats: ours and bare in turn, each order as often as the other."""
-    steps = max(10, int(seconds * bare(data, batch, 10) / batch))
+    """Fresh loops in each repeat, in turns of an eighth of the seconds, each order as often as the other: machines
+    change their speed within seconds."""
+    steps = max(10, int(seconds / TURNS * 10 / seconds_of(bare(data, batch), 10)))
     rates: dict[str, list[float]] = {"bare": [], "ours": []}
-    for repeat in range(repeats):
-        for name in ("bare", "ours") if repeat % 2 else ("ours", "bare"):
-            rates[name].append((bare if name == "bare" else ours)(data, batch, steps))
+    for _ in range(repeats):
+        loops = {"bare": bare(data, batch), "ours": ours(data, batch)}
+        took = dict.fromkeys(loops, 0.0)
+        for turn in range(TURNS):
+            for name in ("bare", "ours") if turn % 2 else ("ours", "bare"):
+                took[name] += seconds_of(loops[name], steps)
+        for name, total in took.items():
+            rates[name].append(TURNS * steps * batch / total)
     ratios = [mine / plain for mine, plain in zip(rates["ours"], rates["bare"], strict=True)]
     return {
         "batch": batch,
@@ -128,18 +138,16 @@ def _peak(send: Any, place: dict[str, str], data: DataConfig, batch: int, hidden
     os.environ.update(place)
     torch.set_num_threads(1)
     keep_freed_memory()
-
-    def tell() -> None:
+    with open_world(WorldConfig(backend="gloo")) if place else nullcontext() as world:
+        loop = bare(data, batch, shards=2, hidden=hidden)
+        if place:
+            settings = dict(MODES[mode])
+            period = settings.pop("period", 16)
+            loop = ours(data, batch, world, period, SyncConfig(**settings), hidden, steps=WARM_UP + MEMORY_STEPS)
+        seconds_of(loop, MEMORY_STEPS)
         send.send(peak_memory_bytes(torch.device("cpu")))
-
-    if place:
-        settings = dict(MODES[mode])
-        period = settings.pop("period", 16)
-        with open_world(WorldConfig(backend="gloo")) as world:
-            ours(data, batch, 64, world, period, SyncConfig(**settings), hidden, tell)
-    else:
-        bare(data, batch, 64, shards=2, hidden=hidden)
-        tell()
+        if place:
+            next(loop, None)  # to its end: what is still apart is averaged
 
 
 def peaks(data: DataConfig, batch: int, hidden: int, ranks: int, mode: str = "blocking") -> list[int]:
@@ -236,7 +244,7 @@ def main() -> None:
     out = Path(args.out)
     result: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {}
     for part in [args.only] if args.only else ["speed", "memory"]:
-        measured = speeds(data, repeats, seconds) if part == "speed" else memories(data, 2 if args.quick else 3)
+        measured = speeds(data, repeats, seconds) if part == "speed" else memories(data, 2 if args.quick else 6)
         result[part] = {"provenance": provenance(), "measured": measured}
         if not args.quick:
             out.write_text(json.dumps(result, indent=1) + "\n")

@@ -130,6 +130,18 @@ def test_gradient_change_is_selsyncs() -> None:
     assert notes.change == pytest.approx((24 / 26 * 1.5 + 0.2) / (24 / 26 + 1))
 
 
+def test_a_rank_by_itself_notes_only_how_its_norm_changes() -> None:
+    notes = GradientNotes(torch.device("cpu"), alone=True)
+    for norm in (2.0, 5.0):
+        notes.look([torch.tensor([norm])], 0, every=False, apart=False)
+        header = notes.header()
+        assert math.isnan(header["grad_sq"])
+        assert not any(header[f"sketch{index}"] for index in range(SKETCH))
+        notes.end_step()
+        notes.begin()
+    assert notes.change == pytest.approx(1.5)
+
+
 def looked(world: World, settings: SyncConfig, period: int, steps: int, evaluated_at: int) -> list[bool]:
     """Whether a round's noted gradients were of replicas that were apart, by round."""
     model = Quadratic()

@@ -33,13 +33,14 @@ class GradientNotes:
     Args:
         device: of the gradients.
         rest_steps: the fewest local steps between two notes of a local phase.
+        alone: there is no other rank to tell; in local phases only the norm's change is noted.
     """
 
-    def __init__(self, device: torch.device, rest_steps: int = 1) -> None:
+    def __init__(self, device: torch.device, rest_steps: int = 1, *, alone: bool = False) -> None:
         self._signs = torch.empty(0, device=device)
         self._buckets: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._norm = self._change = self._weight = 0.0
-        self._rest_steps, self._rest = rest_steps, 0
+        self._rest_steps, self._rest, self._alone = rest_steps, 0, alone
         self.begin()
 
     def begin(self) -> None:
@@ -55,7 +56,10 @@ class GradientNotes:
         if not self._steps and not self._rest:
             self._rest = self._rest_steps
             self._apart = apart
-            self.note(gradients, number)
+            if self._alone:
+                self.follow(gradients)
+            else:
+                self.note(gradients, number)
         elif every:
             self.follow(gradients)
 

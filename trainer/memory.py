@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # mallopt(3)
+STATUS = Path("/proc/self/status")
 
 
 def keep_freed_memory() -> None:
@@ -34,9 +35,9 @@ def peak_memory_bytes(device: torch.device) -> int:
     """The most memory that this rank has held: of the CUDA device, or of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    if status.exists():  # ru_maxrss counts what the launcher held before it became this process
-        return int(next(line for line in status.read_text().splitlines() if line.startswith("VmHWM")).split()[1]) * 1024
+    if STATUS.exists():  # ru_maxrss counts what the launcher held before it became this process
+        _, _, rest = STATUS.read_bytes().partition(b"VmHWM:")
+        return int(rest.split(None, 1)[0]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

@@ -9,7 +9,7 @@ import torch
 
 from trainer.collectives import Collectives
 from trainer.exchange import OWED, Exchange, NodesExchange, make_exchange, share_of
-from trainer.flat import pieces
+from trainer.flat import piece_values, pieces
 from trainer.outer import Outer
 from trainer.settings import SyncConfig
 from trainer.world import World
@@ -28,11 +28,11 @@ class Part:
         self._mixing = settings.mixing
         self._base: torch.Tensor | None = None
         self._outer = outer
-        self.use(settings)
         self.agreed_sq_norm = 0.0
         """Squared norm of the latest average."""
         self._outgoing: torch.Tensor | None = None
-        """What is sent, or the mean of it; where the wire format loses something, what it lost."""
+        """What is sent, or the mean of it; where the wire format loses something, what it lost. Blocking averages
+        without a base need none: the values themselves are sent."""
         self._owed_within: torch.Tensor | None = None
         """What the wire format inside the node lost."""
         self._correction: torch.Tensor | None = None
@@ -40,6 +40,7 @@ class Part:
         snapshot."""
         self._moved_sq: torch.Tensor | None = None
         """Squared norm of the snapshot minus the base."""
+        self.use(settings)
 
     def use(self, settings: SyncConfig) -> None:
         """Exchange as these settings say from now on; the replicas are one, and nothing is under way."""
@@ -50,6 +51,17 @@ class Part:
             self._base = None
         elif self._base is None:
             self._base = self.values.to(torch.promote_types(self.values.dtype, torch.float32), copy=True)
+        if settings.delay_steps != 0 and self._world.size > 1:
+            # taken now, for good: taken in the midst of training it would break up the memory that a local step needs
+            self._outgoing, self._correction = self._new_outgoing(), torch.zeros_like(self._sent_like)
+
+    @property
+    def _sent_like(self) -> torch.Tensor:
+        """A tensor of what is sent: displacements are never of less than float32."""
+        return self.values if self._base is None else self._base
+
+    def _new_outgoing(self) -> torch.Tensor:
+        return torch.zeros_like(self._sent_like, dtype=OWED if self._exchange.lossy else None)
 
     def _exchanges(self, settings: SyncConfig) -> tuple[Exchange, Exchange | None]:
         """Between all ranks or nodes, and inside a node where that is another level."""
@@ -91,28 +103,23 @@ class Part:
 
     def snapshot(self) -> None:
         """Remember the replica as it is now, so that training may change it while it is averaged; `pack` follows."""
-        if self._correction is None:
-            self._correction = torch.empty_like(self.values if self._base is None else self._base)
+        correction = _present(self._correction)
         if self._base is None:
-            self._correction.copy_(self.values)
+            correction.copy_(self.values)
             return
         self._moved_sq = torch.zeros((), dtype=torch.float64, device=self.values.device)
         for piece in pieces(len(self.values), self.values.device):
-            moved = torch.sub(self.values[piece], self._base[piece], out=self._correction[piece])
+            moved = torch.sub(self.values[piece], self._base[piece], out=correction[piece])
             self._moved_sq += torch.dot(moved, moved)
 
     def pack(self, *, delayed: bool) -> float:
         """Make ready what is sent; the squared norm of this rank's share of the divergence."""
         if self._base is None:
-            if not delayed:
-                self._outgoing = self.values
-            else:
-                if self._outgoing is None or self._outgoing is self.values:
-                    self._outgoing = torch.empty_like(self.values)
-                self._outgoing.copy_(_present(self._correction))
-            return _squared(self._outgoing).item()
+            if delayed:
+                _present(self._outgoing).copy_(_present(self._correction))
+            return _squared(self._sent(delayed=delayed)).item()
         if self._outgoing is None:
-            self._outgoing = torch.zeros_like(self._base, dtype=OWED if self._exchange.lossy else None)
+            self._outgoing = self._new_outgoing()
         if delayed:
             return _present(self._moved_sq).item()
         norm = torch.zeros((), dtype=torch.float64, device=self.values.device)
@@ -120,6 +127,10 @@ class Part:
             moved = self._has_moved(piece)
             norm += torch.dot(moved, moved)  # of displacements, so that few digits cancel
         return norm.item()
+
+    def _sent(self, *, delayed: bool) -> torch.Tensor:
+        """What the exchange consumes."""
+        return self.values if self._base is None and not delayed else _present(self._outgoing)
 
     def _has_moved(self, place: slice) -> torch.Tensor:
         """How far a place of the replica is from the base now."""
@@ -139,7 +150,7 @@ class Part:
         plainly: bool,
     ) -> float:
         """Average with the other ranks; the squared norm of the mean. `plainly` passes the outer optimizer by."""
-        outgoing, outer = _present(self._outgoing), None if plainly else self._outer
+        outgoing, outer = self._sent(delayed=delayed), None if plainly else self._outer
         correction = _present(self._correction) if delayed else None
         norm = torch.zeros((), dtype=torch.float64, device=self.values.device)
         agreed_norm = torch.zeros_like(norm)
@@ -157,29 +168,25 @@ class Part:
             if correction is not None:
                 torch.sub(mean, correction[place], out=correction[place])
         if self._base is not None and not self._exchange.lossy:
-            self._outgoing = None
+            self._outgoing = outgoing.zero_() if delayed else None
         self.agreed_sq_norm = (norm if self._base is None else agreed_norm).item()
         return norm.item()
-
-    @property
-    def _agreed(self) -> torch.Tensor:
-        """The latest average, the same on every rank."""
-        return self._base if self._base is not None else _present(self._outgoing)
 
     def land(self, *, delayed: bool, progressed: bool, wholly: bool) -> None:
         """Take the average, or as much of it as `mixing` says, and keep the progress made since the snapshot."""
         share = 1.0 if wholly else self._mixing
         if delayed and (progressed or share < 1):
             self.values.add_(_present(self._correction), alpha=share)
-        elif share < 1:
-            self.values.lerp_(self._agreed.to(self.values.dtype), share)
-        elif self._agreed is not self.values:
-            self.values.copy_(self._agreed)
+            return
+        agreed = self._sent(delayed=delayed) if self._base is None else self._base  # the same bits on every rank
+        if share < 1:
+            self.values.lerp_(agreed.to(self.values.dtype), share)
+        elif agreed is not self.values:
+            self.values.copy_(agreed)
 
     def state_dict(self) -> dict[str, Any]:
         """What later averages depend on, a transfer under way included (once it has arrived)."""
-        outgoing = None if self._outgoing is self.values else self._outgoing
-        kept = {"base": self._base, "outgoing": outgoing, "correction": self._correction}
+        kept = {"base": self._base, "outgoing": self._outgoing, "correction": self._correction}
         kept["owed_within"] = self._owed_within
         return {
             **{name: tensor for name, tensor in kept.items() if tensor is not None},
@@ -204,11 +211,14 @@ class Part:
 
 
 def _squared(values: torch.Tensor) -> torch.Tensor:
-    """Squared norm, 0-dim float64; piece by piece, since the values are copied to float64 for it."""
+    """Squared norm, 0-dim float64; in small pieces, since each is copied to float64 for it."""
     total = torch.zeros((), dtype=torch.float64, device=values.device)
-    for piece in pieces(len(values), values.device):
-        norm: torch.Tensor = torch.linalg.vector_norm(values[piece], dtype=torch.float64)
-        total += norm.square()
+    size = piece_values(values.device) // 8
+    wide = values.new_empty(min(len(values), size), dtype=torch.float64)
+    for start in range(0, len(values), size):
+        some = values[start : start + size]
+        copied = wide[: len(some)].copy_(some)
+        total += torch.dot(copied, copied)
     return total
 
 

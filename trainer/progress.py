@@ -46,7 +46,7 @@ class Progress:
         """Seconds that this rank's latest transfer took; NaN before the first."""
         self.stop_asked = False
         self.ledger = Ledger(device)
-        self.notes = GradientNotes(device, observe_steps)
+        self.notes = GradientNotes(device, observe_steps, alone=collectives.size == 1)
 
     @property
     def plan(self) -> Plan:

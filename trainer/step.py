@@ -65,23 +65,24 @@ class LocalStep:
         sync.optimizer.zero_grad(set_to_none=True)
         count = len(labels)
         micro = min(self.config.max_micro_batch or count, count)
-        mean = torch.zeros((), device=self.device)
+        mean: torch.Tensor | None = None
         right: torch.Tensor | None = None
         for start in range(0, count, micro):
             last = start + micro >= count
             with nullcontext() if last else sync.no_sync():
-                part = labels[start : start + micro]
+                part = labels if micro == count else labels[start : start + micro]
                 with self.autocast():
-                    outputs = sync.model(self.layout(inputs[start : start + micro]))
+                    outputs = sync.model(self.layout(inputs if micro == count else inputs[start : start + micro]))
                     loss = self.loss(outputs, part)
                 if outputs.dim() == 2 and part.dim() == 1:
                     found = (outputs.detach().argmax(dim=1) == part).sum()
                     right = found if right is None else right + found
                 loss = loss * (len(part) / count) if len(part) < count else loss
-                mean += loss.detach()
+                mean = loss.detach().float() if mean is None else mean + loss.detach()
                 finite = sync.all_finite(mean) if last else None
                 with _peer_errors():
                     self.scaler.scale(loss).backward()
+        assert mean is not None
         assert finite is not None
         if not finite():
             return Trained(mean, True, right)
