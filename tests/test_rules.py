@@ -246,6 +246,22 @@ def test_drift_follows_the_learning_rate_at_once() -> None:
         assert costs.drift == pytest.approx(10 * lr**2)
     later = costs.saw(replace(Observation(), lr=0.1))
     assert later.drift == pytest.approx(0.1), "and is known for a rate that it was not measured at"
+    lower = Costs.restored(later.state()).saw(replace(Observation(), lr=0.02))
+    assert lower.drift == pytest.approx(0.1 / 5), "less than by the square, since it is held against the noise's share"
+
+
+def test_as_the_rate_falls_a_hidden_average_stays_short_until_near_the_end() -> None:
+    """Periods that grow with the inverse square of a cosine's rate cost 0.2 points of accuracy (benchmarks/README)."""
+    costs = Costs(step_s={"32 0": 0.0225, "32 0.125": 0.024}, transfer_s={"int4": 0.085, "int4/3": 0.042})
+    costs, policy = replace(costs, unit_drift=0.022, most_lr=0.05, noise_scale=100.0), Autopilot()
+    chosen = []
+    for progress in (0.1, 0.5, 0.8, 0.95):
+        costs = replace(costs, lr=0.05 * 0.5 * (1 + math.cos(math.pi * progress)))
+        found = (policy._worth(plan, costs, 2) for plan in policy._candidates(costs, 32))
+        scores = {each: policy._score(each, progress > 0.75) for each in found if each.drift <= policy.max_divergence}
+        best = _ranked(scores)[0].plan
+        chosen.append((best.sync_period_steps, best.delay_steps, best.fragments))
+    assert chosen == [(6, 2, 3), (6, 2, 3), (6, 2, 3), (24, 5, 2)]
 
 
 def seen_by(
