@@ -79,7 +79,7 @@ def ours(
     torch.manual_seed(0)
     model = FedAvgCNN(hidden=hidden)
     step_of = LocalStep(StepConfig(), OPTIM, nn.CrossEntropyLoss(), world.device)
-    optimizer = build_optimizer(OPTIM, model.parameters())
+    optimizer = build_optimizer(OPTIM, model.parameters(), fused=True)
     total = steps * batch * world.size
     with LocalSGD(model, optimizer, Constant(Plan(batch, period)), settings=settings, world=world) as sync:
         for inputs, labels in sync.batches(stream, total):

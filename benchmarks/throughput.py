@@ -110,7 +110,7 @@ def run(suite: Suite, world: World, model: nn.Module, batch: int, period: int) -
     optim = OptimConfig(lr=1e-3)
     options = StepConfig(precision=suite.precision, channels_last=suite.channels_last)
     step = LocalStep(options, optim, nn.CrossEntropyLoss(), world.device)
-    optimizer = build_optimizer(optim, model.parameters())
+    optimizer = build_optimizer(optim, model.parameters(), fused=not step.scaler.is_enabled())
     settings = SyncConfig(observe_steps=4)
     sync = LocalSGD(model, optimizer, Constant(Plan(batch, period)), settings=settings, world=world, scaler=step.scaler)
     before: dict[str, float] = {}

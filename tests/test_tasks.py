@@ -69,17 +69,18 @@ def own_loss_wrapped(num_classes: int, channels: int) -> int:
 PLAIN = OptimConfig()
 
 
-def trained(config: StepConfig, optim: OptimConfig = PLAIN, batch: int = 12, steps: int = 3) -> torch.Tensor:
+def trained(
+    config: StepConfig, optim: OptimConfig = PLAIN, batch: int = 12, steps: int = 3, *, fused: bool = False
+) -> torch.Tensor:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 5))
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 5))
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)
     step = LocalStep(config, optim, nn.CrossEntropyLoss(), torch.device("cpu"))
-    with LocalSGD(
-        model, build_optimizer(optim, model.parameters()), Constant(Plan(batch, 1)), scaler=step.scaler
-    ) as sync:
+    optimizer = build_optimizer(optim, model.parameters(), fused=fused)
+    with LocalSGD(model, optimizer, Constant(Plan(batch, 1)), scaler=step.scaler) as sync:
         for _ in range(steps):
-            loss, skipped, _ = step(sync, torch.randn(batch, 1, 8, 8), torch.randint(0, 5, (batch,)))
+            loss, skipped, _ = step(sync, torch.randn(batch, 3, 8, 8), torch.randint(0, 5, (batch,)))
             sync.step(loss, samples=batch)
             assert not skipped
         assert sync.local_step == steps
@@ -99,6 +100,13 @@ def test_number_formats_and_layouts_train_alike() -> None:
     torch.testing.assert_close(trained(StepConfig(channels_last=True)), plain, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(trained(StepConfig(precision="bf16")), plain, rtol=0.05, atol=0.02)
     torch.testing.assert_close(trained(StepConfig(precision="fp16")), plain, rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("optim", [OptimConfig(weight_decay=0.1), OptimConfig(name="adamw", lr=0.01)])
+def test_the_fused_optimizer_is_the_plain_one(optim: OptimConfig, channels_last: bool) -> None:
+    step = StepConfig(channels_last=channels_last)
+    torch.testing.assert_close(trained(step, optim, fused=True), trained(step, optim), rtol=1e-5, atol=1e-6)
 
 
 def test_clipping_bounds_the_step() -> None:

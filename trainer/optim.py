@@ -11,15 +11,29 @@ import torch
 from trainer.config import OptimConfig
 
 
-def build_optimizer(config: OptimConfig, parameters: Iterable[torch.Tensor]) -> torch.optim.Optimizer:
-    """The optimizer over the trained parameters."""
+def build_optimizer(
+    config: OptimConfig, parameters: Iterable[torch.Tensor], *, fused: bool = False
+) -> torch.optim.Optimizer:
+    """The optimizer over the trained parameters.
+
+    Args:
+        config: which, and its constants.
+        parameters: of which those that need a gradient are trained.
+        fused: by torch's kernels that read and write everything once. They do a loss scaler's work themselves, after
+            the gradients were looked at; so not with one.
+    """
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     if config.name == "adamw":
         return torch.optim.AdamW(
-            trained, config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay
+            trained, config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay, fused=fused
         )
     return torch.optim.SGD(
-        trained, config.lr, momentum=config.momentum, nesterov=config.nesterov, weight_decay=config.weight_decay
+        trained,
+        config.lr,
+        momentum=config.momentum,
+        nesterov=config.nesterov,
+        weight_decay=config.weight_decay,
+        fused=fused,
     )
 
 

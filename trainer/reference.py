@@ -54,7 +54,7 @@ def measure_alone(config: Config, loss: nn.Module, model: nn.Module, stream: Sha
         return None
     trial = copy.deepcopy(model)
     step = LocalStep(config.step, config.optim, loss, world.device)
-    optimizer = build_optimizer(config.optim, trial.parameters())
+    optimizer = build_optimizer(config.optim, trial.parameters(), fused=not step.scaler.is_enabled())
     place = stream.consumed
     plan = Constant(config.policy.base_plan())
     devices = [world.device] if world.device.type == "cuda" else []

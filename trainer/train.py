@@ -33,7 +33,7 @@ def train_in(world: World, job: Job) -> Summary | None:
     """The loop itself, in a world that is open."""
     config = job.config
     model, step = job.build(world)
-    optimizer = build_optimizer(config.optim, model.parameters())
+    optimizer = build_optimizer(config.optim, model.parameters(), fused=not step.scaler.is_enabled())
     stream = ShardStream(job.shard, config.data, world, config.run.seed)
     alone = job.alone or measure_alone(config, step.loss, model, stream, world)
 

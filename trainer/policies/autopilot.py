@@ -19,7 +19,7 @@ LARGER_PERIOD = 8  # of a larger batch's probe, at most, so that it ends soon
 FULL_MEMORY = 0.9
 SHOWN = 4
 TIE = 0.03  # goodput so near the best counts as good: then the fewest averages, and fragments, decide
-CARE = {"time": 3.0, "bytes": 3.0, "accuracy": 12.0}
+CARE = {"time": 4.0, "bytes": 4.0, "accuracy": 16.0}
 LATE_CARE = 4.0  # times as much in the late part
 SLACK = 1.5  # times the bound, before a Plan must end
 
@@ -46,11 +46,11 @@ class Autopilot(Policy):
     """Longest period."""
     max_delay_steps: int = 16
     """Longest delay."""
-    max_divergence: float = 0.003
+    max_divergence: float = 0.004
     """Bound on the mean squared distance of replicas from their mean, over the mean's squared norm, of two ranks; of N
     ranks an (N - 1)th of it. There a sample is held to teach half."""
     target: Literal["time", "bytes", "accuracy"] = "time"
-    """What is sought: the most goodput, efficiency counted three times or (accuracy) twelve times; or the fewest bytes
+    """What is sought: the most goodput, efficiency counted four times or (accuracy) sixteen times; or the fewest bytes
     at half of that or more."""
     care: float | None = None
     """How often efficiency counts, in place of the target's own number; 1 is goodput itself."""
@@ -173,9 +173,11 @@ class Autopilot(Policy):
                 for wire in FORMATS:
                     yield Plan(batch, period, delay_steps=0, wire_format=wire, fragments=1)
                     for fragments in (each for each in FRAGMENTS if each <= period):
-                        transfer_s = costs.transfer(wire, fragments)
-                        delay = self._hiding(transfer_s, step_s, period)
-                        if delay > 0 and (fragments == 1 or fragments * transfer_s <= period * step_s):
+                        transfer_s = costs.transfer(wire, fragments, hidden=True)
+                        if fragments > 1 and fragments * transfer_s > period * step_s:
+                            continue  # a link has no time for more than this
+                        hiding = self._hiding(transfer_s, step_s, period)
+                        for delay in range(max(1, hiding - 1), hiding + 1):
                             yield Plan(batch, period, delay_steps=delay, wire_format=wire, fragments=fragments)
             batch *= 2
 

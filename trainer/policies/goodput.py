@@ -16,6 +16,7 @@ import numpy as np
 
 from trainer.plan import Observation, Plan
 
+BESIDE = " beside"
 GRADIENTS = "gradients"  # averaged at period 1, beside the formats that parameters are averaged in
 BYTES_OF_FLOAT32 = {GRADIENTS: 1.0, "float32": 1.0, "bf16": 0.5, "int8": 0.266, "int4": 0.141}
 HIDING_SHARE = 0.5
@@ -27,6 +28,7 @@ FRAGMENT_COST = 0.25
 """What each further fragment of an average takes, of cores and of time, over what the whole average does: of 1.7
 million parameters quarters took 1.9 times as long as the whole, all in all, and thirds 1.6 times."""
 FIT_DECAY = 0.9
+KNOWN_ROUNDS = 16  # after which a kind of local step is known well enough to tell how fast the machine is
 LEAST_LR = 1e-12  # below it nothing moves by the rate
 DRIFT_POWER = 1.5
 """Squared distance of replicas by local steps: 1 for a random walk, up to 3 within the memory of a momentum."""
@@ -60,6 +62,8 @@ class Costs:
     step_s: Mapping[str, float] = field(default_factory=dict)
     """Seconds of a local step by "batch averages" as seen, with the averages a step that go on beside training, as
     `beside` counts them."""
+    step_rounds: Mapping[str, int] = field(default_factory=dict)
+    """Rounds that each of these was seen in."""
     transfer_s: Mapping[str, float] = field(default_factory=dict)
     """Seconds of a transfer by what is sent (as `sent` names it, or gradients), where it was seen."""
     unit_drift: float = math.nan
@@ -85,7 +89,7 @@ class Costs:
         if settled and seen.slowest_compute_s > 0:
             seconds = seen.slowest_compute_s / seen.steps
             averages = beside(ran) / ran.sync_period_steps if ran.sync_period_steps else 0
-            found = replace(found, step_s=_with(self.step_s, f"{ran.batch_per_rank} {averages:g}", seconds))
+            found = found._saw_step(f"{ran.batch_per_rank} {averages:g}", seconds)
         if settled and seen.transfer_s > 0 and ran.sync_period_steps > 1:
             found = replace(found, transfer_s=self._transfers(sent(ran), seen.transfer_s))
         if settled and seen.sync_wait_s > 0 and seen.slowest_compute_s > 0 and ran.sync_period_steps == 1:
@@ -104,6 +108,16 @@ class Costs:
             batch = max(self.memory_batch, ran.batch_per_rank)
             found = replace(found, memory_share=seen.memory_share, memory_batch=batch)
         return found
+
+    def _saw_step(self, used: str, seconds: float) -> Costs:
+        """With one more round's seconds of a local step. Once what is in use is known, what is not moves as that does:
+        a machine that slows down, slows all of them down."""
+        rounds = self.step_rounds.get(used, 0) + 1
+        found = _with(self.step_s, used, seconds, max(1 / rounds, 1 - FIT_DECAY))
+        if rounds > KNOWN_ROUNDS:
+            moved = found[used] / self.step_s[used]
+            found = {each: known if each == used else known * moved for each, known in found.items()}
+        return replace(self, step_s=found, step_rounds={**self.step_rounds, used: min(rounds, KNOWN_ROUNDS + 1)})
 
     def _transfers(self, used: str, seconds: float) -> dict[str, float]:
         """Seconds of a transfer with one more of what is in use; what is not in use moves as that does, since all go
@@ -148,13 +162,15 @@ class Costs:
         seen = [(each.split(), seconds) for each, seconds in self.step_s.items()]
         return fitted([(float(batch), float(beside), seconds) for (batch, beside), seconds in seen])
 
-    def transfer(self, wire: str, fragments: int = 1) -> float:
-        """Seconds of a fragment's average: measured, or from others by their bytes; NaN where none was seen."""
-        name = sent_as(wire, fragments)
+    def transfer(self, wire: str, fragments: int = 1, *, hidden: bool = False) -> float:
+        """Seconds of a fragment's average, waited for or hidden beside training, which takes longer, since it shares
+        the cores: measured, or from others by their bytes; NaN where none was seen."""
+        name = sent_as(wire, fragments, hidden=hidden)
         if name in self.transfer_s:
             return self.transfer_s[name]
-        known = [seconds / _share(other) for other, seconds in self.transfer_s.items()]
-        return _share(name) * max(known) if known else math.nan
+        known = {other: seconds / _share(other) for other, seconds in self.transfer_s.items()}
+        alike = [each for other, each in known.items() if other.endswith(BESIDE) == hidden] or [*known.values()]
+        return _share(name) * max(alike) if alike else math.nan
 
     def state(self) -> dict[str, Any]:
         """As JSON."""
@@ -166,19 +182,19 @@ class Costs:
         return cls(**state)
 
 
-def sent_as(wire: str, fragments: int) -> str:
-    """Names what one transfer sends: "int4", or of several fragments "int4/3"."""
-    return wire if fragments == 1 else f"{wire}/{fragments}"
+def sent_as(wire: str, fragments: int, *, hidden: bool) -> str:
+    """Names what one transfer sends: "int4", or of several fragments beside training "int4/3 beside"."""
+    return wire + (f"/{fragments}" if fragments > 1 else "") + (BESIDE if hidden else "")
 
 
 def sent(plan: Plan) -> str:
     """What one transfer of a Plan sends."""
-    return sent_as(plan.wire_format or "float32", plan.fragments or 1)
+    return sent_as(plan.wire_format or "float32", plan.fragments or 1, hidden=bool(plan.delay_steps))
 
 
 def _share(name: str) -> float:
     """What a transfer that is so named takes over the model's in float32, by its bytes and what a fragment costs."""
-    wire, _, fragments = name.partition("/")
+    wire, _, fragments = name.removesuffix(BESIDE).partition("/")
     return BYTES_OF_FLOAT32[wire] * _work(int(fragments or 1)) / int(fragments or 1)
 
 
@@ -192,10 +208,10 @@ def beside(plan: Plan) -> float:
     return _work(plan.fragments or 1) if plan.sync_period_steps > 1 and plan.delay_steps else 0.0
 
 
-def _with(means: Mapping[str, float], name: str, value: float) -> dict[str, float]:
-    """Running means with one more value."""
+def _with(means: Mapping[str, float], name: str, value: float, share: float = 1 - FIT_DECAY) -> dict[str, float]:
+    """Running means with one more value, of which they take this share."""
     before = means.get(name, value)
-    return {**means, name: FIT_DECAY * before + (1 - FIT_DECAY) * value}
+    return {**means, name: before + share * (value - before)}
 
 
 @dataclass(frozen=True)
@@ -242,7 +258,7 @@ def worth(plan: Plan, costs: Costs, ranks: int, base_batch: int, max_drift: floa
     batch, period, wire = plan.batch_per_rank, plan.sync_period_steps, plan.wire_format or "float32"
     ranks, fragments = max(ranks, 1), plan.fragments or 1
     delay = plan.delay_steps if isinstance(plan.delay_steps, int) else 0
-    step_s, transfer_s = costs.step(batch), costs.transfer(wire, fragments) if ranks > 1 else 0.0
+    step_s, transfer_s = costs.step(batch), costs.transfer(wire, fragments, hidden=delay > 0) if ranks > 1 else 0.0
     if period == 1:
         exposed = max(0.0, costs.transfer(GRADIENTS) - HIDING_SHARE * step_s) if ranks > 1 else 0.0
     else:
