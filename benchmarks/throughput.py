@@ -26,7 +26,7 @@ from trainer.__main__ import guarded
 from trainer.config import DataConfig, OptimConfig, StepConfig, TaskConfig, WorldConfig
 from trainer.data import DataPart, ShardStream
 from trainer.errors import require_at_least, require_choices
-from trainer.optim import build_optimizer
+from trainer.optim import build_optimizer, may_fuse
 from trainer.plan import Plan
 from trainer.policies import Constant
 from trainer.settings import SyncConfig
@@ -110,7 +110,7 @@ def run(suite: Suite, world: World, model: nn.Module, batch: int, period: int) -
     optim = OptimConfig(lr=1e-3)
     options = StepConfig(precision=suite.precision, channels_last=suite.channels_last)
     step = LocalStep(options, optim, nn.CrossEntropyLoss(), world.device)
-    optimizer = build_optimizer(optim, model.parameters(), fused=not step.scaler.is_enabled())
+    optimizer = build_optimizer(optim, model.parameters(), fused=may_fuse(model, step.scaler))
     settings = SyncConfig(observe_steps=4)
     sync = LocalSGD(model, optimizer, Constant(Plan(batch, period)), settings=settings, world=world, scaler=step.scaler)
     before: dict[str, float] = {}

@@ -12,7 +12,7 @@ from torch import nn
 from trainer import Constant, LocalSGD, Plan
 from trainer.config import OptimConfig, StepConfig, TaskConfig
 from trainer.errors import ConfigError
-from trainer.optim import build_optimizer, learning_rate
+from trainer.optim import build_optimizer, learning_rate, may_fuse
 from trainer.step import LocalStep
 from trainer.tasks import build_model, loss_function, parameter_count
 
@@ -107,6 +107,20 @@ def test_number_formats_and_layouts_train_alike() -> None:
 def test_the_fused_optimizer_is_the_plain_one(optim: OptimConfig, channels_last: bool) -> None:
     step = StepConfig(channels_last=channels_last)
     torch.testing.assert_close(trained(step, optim, fused=True), trained(step, optim), rtol=1e-5, atol=1e-6)
+
+
+def test_what_the_fused_kernels_cannot_do_is_left_to_the_plain_optimizer() -> None:
+    without, scaler = (torch.amp.GradScaler("cpu", enabled=enabled) for enabled in (False, True))
+    dense, sparse = (nn.Sequential(nn.Embedding(4, 2, sparse=each), nn.Linear(2, 2)) for each in (False, True))
+    assert may_fuse(dense, without)
+    assert not may_fuse(dense, scaler)
+    assert not may_fuse(sparse, without)
+    optim = OptimConfig(momentum=0.0, nesterov=False)
+    optimizer = build_optimizer(optim, sparse.parameters(), fused=may_fuse(sparse, without))
+    before = sparse[0].weight.detach().clone()
+    sparse(torch.tensor([1])).sum().backward()
+    optimizer.step()
+    assert (sparse[0].weight != before).any(dim=1).tolist() == [False, True, False, False]
 
 
 def test_clipping_bounds_the_step() -> None:

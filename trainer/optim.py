@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable
 
 import torch
+from torch import nn
 
 from trainer.config import OptimConfig
 
@@ -19,8 +20,7 @@ def build_optimizer(
     Args:
         config: which, and its constants.
         parameters: of which those that need a gradient are trained.
-        fused: by torch's kernels that read and write everything once. They do a loss scaler's work themselves, after
-            the gradients were looked at; so not with one.
+        fused: by torch's kernels that read and write everything once, where they `may_fuse`.
     """
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     if config.name == "adamw":
@@ -35,6 +35,12 @@ def build_optimizer(
         weight_decay=config.weight_decay,
         fused=fused,
     )
+
+
+def may_fuse(model: nn.Module, scaler: torch.amp.GradScaler) -> bool:
+    """Whether torch's fused kernels can update this model: they know no sparse gradients, and do a loss scaler's work
+    themselves, after the gradients were looked at."""
+    return not scaler.is_enabled() and not any(getattr(module, "sparse", False) for module in model.modules())
 
 
 def learning_rate(config: OptimConfig, samples: int, total: int) -> float:

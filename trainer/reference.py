@@ -13,7 +13,7 @@ from torch import nn
 from trainer.config import Config
 from trainer.data import ShardStream
 from trainer.errors import ConfigError
-from trainer.optim import build_optimizer
+from trainer.optim import build_optimizer, may_fuse
 from trainer.policies import Constant
 from trainer.settings import SyncConfig
 from trainer.step import LocalStep
@@ -54,7 +54,7 @@ def measure_alone(config: Config, loss: nn.Module, model: nn.Module, stream: Sha
         return None
     trial = copy.deepcopy(model)
     step = LocalStep(config.step, config.optim, loss, world.device)
-    optimizer = build_optimizer(config.optim, trial.parameters(), fused=not step.scaler.is_enabled())
+    optimizer = build_optimizer(config.optim, trial.parameters(), fused=may_fuse(trial, step.scaler))
     place = stream.consumed
     plan = Constant(config.policy.base_plan())
     devices = [world.device] if world.device.type == "cuda" else []

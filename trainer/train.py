@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from trainer.config import Config, digest
 from trainer.data import ShardStream
-from trainer.optim import build_optimizer, set_learning_rate
+from trainer.optim import build_optimizer, may_fuse, set_learning_rate
 from trainer.reference import measure_alone
 from trainer.run import Job, Run, Summary
 from trainer.sync import LocalSGD
@@ -33,7 +33,7 @@ def train_in(world: World, job: Job) -> Summary | None:
     """The loop itself, in a world that is open."""
     config = job.config
     model, step = job.build(world)
-    optimizer = build_optimizer(config.optim, model.parameters(), fused=not step.scaler.is_enabled())
+    optimizer = build_optimizer(config.optim, model.parameters(), fused=may_fuse(model, step.scaler))
     stream = ShardStream(job.shard, config.data, world, config.run.seed)
     alone = job.alone or measure_alone(config, step.loss, model, stream, world)
 
