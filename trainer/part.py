@@ -200,8 +200,10 @@ class Part:
         device = self.values.device
         if self._base is not None:
             self._base.copy_(state["base"])
-        self._outgoing = state["outgoing"].to(device) if "outgoing" in state else None
-        self._correction = state["correction"].to(device) if "correction" in state else None
+        if "outgoing" in state:
+            self._outgoing = state["outgoing"].to(device)
+        if "correction" in state:
+            self._correction = state["correction"].to(device)
         self._owed_within = state["owed_within"].to(device) if "owed_within" in state else None
         self._exchange.load_state_dict(state["exchange"])
         if self._within is not None:
