@@ -70,7 +70,7 @@ class Costs:
     """Divergence over the model's squared norm, of one local step at a learning rate of 1."""
     lr: float = math.nan
     """The latest learning rate."""
-    most_lr: float = math.nan
+    most_lr: float = 0.0
     """The highest so far."""
     noise_scale: float = math.nan
     """In samples."""
@@ -96,7 +96,7 @@ class Costs:
             seconds = (seen.sync_wait_s + HIDING_SHARE * seen.slowest_compute_s) / seen.steps
             found = replace(found, transfer_s=self._transfers(GRADIENTS, seconds))
         if seen.lr > 0:
-            found = replace(found, lr=seen.lr, most_lr=max(seen.lr, self._most_lr))
+            found = replace(found, lr=seen.lr, most_lr=max(seen.lr, self.most_lr))
         if seen.divergence > 0 and seen.model_sq_norm > 0 and seen.steps and seen.lr > LEAST_LR:
             # with a delay too: since a snapshot an average has come, so the next holds the steps between the two
             drift = seen.divergence / seen.model_sq_norm / seen.steps**DRIFT_POWER / seen.lr**2
@@ -151,11 +151,7 @@ class Costs:
         that hardly part, and what noise leaves to be in proportion to the rate (stationary SGD). So as a rate falls
         replicas may part more, but not as much more as they would stay together.
         """
-        return self.unit_drift * self.lr * max(self.lr, self._most_lr)
-
-    @property
-    def _most_lr(self) -> float:
-        return self.most_lr if self.most_lr > 0 else 0.0
+        return self.unit_drift * self.lr * max(self.lr, self.most_lr)
 
     @cached_property
     def _fit(self) -> tuple[float, float, float]:
