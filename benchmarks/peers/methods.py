@@ -184,6 +184,18 @@ METHODS: dict[str, Any] = {
     "ebbtide_int4_period_32_halves": ours(
         wire_format="int4", delay_steps="auto", max_delay_steps=32, period=32, fragments=2
     ),
+    **{
+        f"ebbtide_int4_period_32_halves_outer_{momentum}": ours(
+            wire_format="int4",
+            delay_steps="auto",
+            max_delay_steps=32,
+            period=32,
+            fragments=2,
+            outer="fedavgm",
+            outer_momentum=momentum / 10,
+        )
+        for momentum in (4, 6)
+    },
     "ebbtide_int4_period_32_quarters": ours(
         wire_format="int4", delay_steps="auto", max_delay_steps=32, period=32, fragments=4
     ),
