@@ -255,11 +255,12 @@ def worth(plan: Plan, costs: Costs, ranks: int, base_batch: int, max_drift: floa
     ranks, fragments = max(ranks, 1), plan.fragments or 1
     delay = plan.delay_steps if isinstance(plan.delay_steps, int) else 0
     step_s, transfer_s = costs.step(batch), costs.transfer(wire, fragments, hidden=delay > 0) if ranks > 1 else 0.0
+    slowed_s = step_s + beside(plan) * costs.beside_s / period  # what hides an average are the steps that it slows
     if period == 1:
         exposed = max(0.0, costs.transfer(GRADIENTS) - HIDING_SHARE * step_s) if ranks > 1 else 0.0
     else:
-        exposed = max(0.0, fragments * (transfer_s - delay * step_s), fragments * transfer_s - period * step_s)
-    round_s = period * step_s + beside(plan) * costs.beside_s + exposed
+        exposed = max(0.0, fragments * (transfer_s - delay * slowed_s), fragments * transfer_s - period * slowed_s)
+    round_s = period * slowed_s + exposed
     efficiency, drift = 1.0, drift_of(plan, costs, ranks)
     if batch > base_batch:
         noise = costs.noise_scale
