@@ -2,11 +2,11 @@
 
     python -m benchmarks.loop_overhead [--only speed] [--quick] [--out benchmarks/results/loop_overhead.json]
 
-Both train the FedAvg CNN by the same rule on the same pictures: the trainer with torch's fused optimizer, as it always
-does, the bare loop with torch's default. Speed: in turns in one process, at period 1, by batch. Memory: a fresh process
-each, the peak in a local phase of two ranks against one bare process, and against the same two ranks where nothing is
-averaged, which alone tells what averaging takes; for that CNN (6.7 MB of parameters) and one with eight times the
-hidden units (52 MB).
+Both train the FedAvg CNN by the same rule on the same pictures: ours with torch's fused optimizer, which the trainer
+takes wherever it may, the bare loop with torch's default. Speed: in turns in one process, at period 1, by batch.
+Memory: a fresh process each, the peak in a local phase of two ranks against one bare process, and against the same two
+ranks where nothing is averaged, which alone tells what averaging takes; for that CNN (6.7 MB of parameters) and one
+with eight times the hidden units (52 MB).
 """
 
 from __future__ import annotations
