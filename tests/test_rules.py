@@ -182,7 +182,7 @@ def test_an_average_beside_training_is_not_free() -> None:
     for delay, period, step_s in ((0, 8, 0.02), (2, 2, 0.03)):
         seen = seen_by(Plan(32, period, delay_steps=delay), round=1, transfer_s=0.01, delay_steps=delay)
         seen = replace(seen, plan=seen.ran, phase_steps=10 * period, slowest_compute_s=period * step_s)
-        costs = Costs.restored(costs.saw(seen).state())
+        costs = Costs.restored(costs.saw(replace(seen, sync_wait_s=0.0 if delay else 0.01)).state())
     assert costs.step(32) == pytest.approx(0.02)
     assert costs.beside_s == pytest.approx(0.02)
     hidden, blocking = (
@@ -190,6 +190,27 @@ def test_an_average_beside_training_is_not_free() -> None:
     )
     assert hidden.samples_per_s == pytest.approx(256 / (0.08 + 0.02))
     assert blocking.samples_per_s == pytest.approx(256 / (0.08 + 0.01))
+
+
+def test_what_a_plan_took_is_believed_before_what_its_parts_let_expect() -> None:
+    def saw(costs: Costs, plan: Plan, **figures: float) -> Costs:
+        seen = replace(seen_by(plan, round=1, transfer_s=0.1), plan=plan, phase_steps=100, slowest_compute_s=0.08)
+        return Costs.restored(costs.saw(replace(seen, **figures)).state())
+
+    waited, hidden, other = (Plan(32, 4, delay_steps=delay, wire_format="float32", fragments=1) for delay in (0, 2, 3))
+    costs = Costs()
+    for _ in range(100):
+        costs = saw(costs, waited, sync_wait_s=0.12)
+    assert costs.round(waited, 2) == pytest.approx(0.08 + 0.12), "though a transfer takes 0.1"
+    assert costs.round(hidden, 2) == pytest.approx(0.08 + 0.06), "none was tried: its parts tell"
+    for _ in range(100):
+        costs = saw(costs, hidden, sync_wait_s=0.09)
+    assert costs.round(hidden, 2) == pytest.approx(0.08 + 0.09)
+    assert costs.round(other, 2) == pytest.approx(0.08 + 0.04), "not tried, so its parts tell"
+    assert costs.round(waited, 2) == pytest.approx(0.08 + 0.12), "as before"
+    for _ in range(100):
+        costs = saw(costs, hidden, slowest_compute_s=0.16, transfer_s=0.2, sync_wait_s=0.18)
+    assert costs.round(waited, 2) == pytest.approx(2 * (0.08 + 0.12), rel=1e-3), "as all that is twice as slow"
 
 
 def test_a_machine_that_slows_down_is_not_taken_for_what_averages_cost() -> None:
@@ -220,7 +241,7 @@ def test_worth_is_throughput_times_efficiency() -> None:
     drift = 1e-3 * (8**2.5 - 4**2.5) / (2.5 * 4)
     assert hidden.efficiency == pytest.approx(0.998 * (200 + 20) / (200 + 40) / (1 + drift / 0.01))
     of_four = worth(Plan(10, 4, delay_steps=0, wire_format="float32"), costs, 4, 10, 0.01)
-    assert of_four.efficiency == pytest.approx(1 / (1 + 3 * 3.2e-3 / 0.01)), "replicas' distance against their mean's"
+    assert of_four.efficiency == pytest.approx(1 / (1 + 3**1.5 * 3.2e-3 / 0.01)), "as periods of a third"
     gradients = worth(Plan(10, 1), costs, 2, 10, 0.01)
     assert gradients.samples_per_s == pytest.approx(20 / (0.1 + 0.95))
     assert gradients.efficiency == 1.0
@@ -289,11 +310,11 @@ def test_as_the_rate_falls_a_hidden_average_stays_short_until_near_the_end() -> 
     chosen = []
     for progress in (0.1, 0.5, 0.8, 0.95):
         costs = replace(costs, lr=0.05 * 0.5 * (1 + math.cos(math.pi * progress)))
-        found = (policy._worth(plan, costs, 2) for plan in policy._candidates(costs, 32))
+        found = (policy._worth(plan, costs, 2) for plan in policy._candidates(costs, 32, 64))
         scores = {each: policy._score(each, progress > 0.75) for each in found if each.drift <= policy.max_divergence}
         best = _ranked(scores)[0].plan
         chosen.append((best.sync_period_steps, best.delay_steps))
-    assert chosen == [(6, 2), (6, 2), (6, 2), (24, 5)]
+    assert chosen == [(6, 2), (8, 2), (8, 2), (32, 7)]
 
 
 def seen_by(
@@ -303,6 +324,7 @@ def seen_by(
     steps = max(plan.sync_period_steps, 1)
     bytes_of = {"float32": 1.0, "int8": 0.266, "int4": 0.141, None: 1.0}[plan.wire_format]
     step_s = 0.01 + 0.001 * plan.batch_per_rank
+    hiding = plan.delay_steps if isinstance(plan.delay_steps, int) else 0
     return replace(
         Observation(
             round=round,
@@ -312,7 +334,7 @@ def seen_by(
             ranks=2,
             steps=steps,
             slowest_compute_s=steps * step_s,
-            sync_wait_s=0.0,
+            sync_wait_s=max(0.0, transfer_s * bytes_of - (plan.fragments or 1) * hiding * step_s),
             transfer_s=transfer_s * bytes_of / (plan.fragments or 1),
             noise_scale=noise,
             divergence=1e-5 * steps**1.5,
@@ -337,13 +359,32 @@ def test_autopilot_measures_in_the_shortest_rounds_and_a_larger_batch_only_where
     noise: float, larger: bool
 ) -> None:
     """A run's first steps are where replicas that part cost most."""
-    controller, probed = Controller(Autopilot(min_stay_steps=1)), []
-    while controller.phase.name.startswith("probe"):
-        probed.append((controller.plan.batch_per_rank, controller.plan.sync_period_steps, controller.plan.delay_steps))
-        seen = seen_by(controller.plan, round=len(probed), transfer_s=0.3, noise=noise)
-        controller.observe(replace(seen, local_step=2 * len(probed)))
-    assert probed == [(32, 2, 0)] * 16 + [(64, 2, 0)] * (16 if larger else 0), "32 local steps each"
-    assert Costs.restored(controller.state_dict()["memory"]["costs"]).largest_batch == (64 if larger else 32)
+    controller, phases = Controller(Autopilot()), [("probe", 32, 2, 0)]
+    steps = 0
+    for index in range(1, 100):
+        steps += controller.plan.sync_period_steps
+        controller.observe(seen_by(controller.plan, round=index, local_step=steps, transfer_s=0.3, noise=noise))
+        assert (controller.phase.name == "probe") == (steps < 32)
+        plan = controller.plan
+        phase = (controller.phase.name, plan.batch_per_rank, plan.sync_period_steps, plan.delay_steps)
+        if phase != phases[-1]:
+            phases.append(phase)
+    assert (phases[1][0], phases[1][1]) == ("cruise", 32), "at the run's start nothing but the smallest batch"
+    larger_probes = [phase for phase in phases if phase[0] == "probe larger"]
+    assert larger_probes == ([("probe larger", 64, phases[1][2], 0)] if larger else [])
+    costs = Costs.restored(controller.state_dict()["memory"]["costs"])
+    assert (costs.largest_batch > 32) == larger
+
+
+def test_a_period_grows_no_further_at_once_than_divergence_was_measured_for() -> None:
+    """A warm-up, whose replicas hardly part, would promise the longest rounds to the full rate that follows."""
+    controller, periods = Controller(Autopilot()), [2]
+    for index in range(1, 100):
+        figures = {"divergence": 1e-12, "noise": 30.0}
+        controller.observe(seen_by(controller.plan, round=index, transfer_s=20.0, **figures))
+        if controller.plan.sync_period_steps != periods[-1]:
+            periods.append(controller.plan.sync_period_steps)
+    assert periods == [2, 8, 32, 64]
 
 
 def test_autopilot_averages_more_rarely_and_hides_more_where_the_network_is_slower() -> None:
@@ -390,8 +431,8 @@ def test_of_plans_that_are_about_as_good_the_one_that_averages_least_is_taken() 
         step_s={"32 0": 0.02}, transfer_s={"int4 beside": 0.03, "int4/2 beside": 0.018, "int4/4 beside": 0.012}
     )
     costs = replace(costs, unit_drift=1e-9, lr=1.0)
-    policy = Autopilot(max_period_steps=4)
-    found = [worth(plan, costs, 2, 32, policy.max_divergence) for plan in policy._candidates(costs, 32)]
+    policy = Autopilot()
+    found = [worth(plan, costs, 2, 32, policy.max_divergence) for plan in policy._candidates(costs, 32, 4)]
     scores = {each: each.goodput for each in found if each.plan.wire_format == "int4" and each.plan.delay_steps == 1}
     assert {each.plan.fragments for each in scores} == {1, 2, 3, 4}
     best = _ranked(scores)[0]

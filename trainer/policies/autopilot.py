@@ -15,11 +15,12 @@ from trainer.policies.goodput import Costs, Worth, drift_of, worth
 FORMATS: tuple[WireFormat, ...] = ("float32", "int8", "int4")
 FRAGMENTS = 1, 2, 3, 4
 PROBE_PERIOD, PROBE_STEPS = 2, 32
+NEAR = 4  # times the present period, at most: how fast replicas part was measured near it
 LARGER_PERIOD = 8  # of a larger batch's probe, at most, so that it ends soon
 FULL_MEMORY = 0.9
 SHOWN = 4
 TIE = 0.03  # goodput so near the best counts as good: then the fewest averages, and fragments, decide
-CARE = {"time": 4.0, "bytes": 4.0, "accuracy": 16.0}
+CARE = {"time": 2.0, "bytes": 2.0, "accuracy": 16.0}
 LATE_CARE = 4.0  # times as much in the late part
 SLACK = 1.5  # times the bound, before a Plan must end
 
@@ -48,9 +49,9 @@ class Autopilot(Policy):
     """Longest delay."""
     max_divergence: float = 0.004
     """Bound on the mean squared distance of replicas from their mean, over the mean's squared norm, of two ranks; of N
-    ranks an (N - 1)th of it. There a sample is held to teach half."""
+    ranks that over (N - 1)^1.5. There a sample is held to teach half."""
     target: Literal["time", "bytes", "accuracy"] = "time"
-    """What is sought: the most goodput, efficiency counted four times or (accuracy) sixteen times; or the fewest bytes
+    """What is sought: the most goodput, efficiency counted twice or (accuracy) sixteen times; or the fewest bytes
     at half of that or more."""
     care: float | None = None
     """How often efficiency counts, in place of the target's own number; 1 is goodput itself."""
@@ -116,12 +117,13 @@ class Autopilot(Policy):
         current = self._worth(seen.plan, costs, seen.ranks)
         why["current"] = current.told()
         kept["expected"] = current.samples_per_s
-        if self._may_pay(current, costs, largest, seen.ranks):
+        if not at_once and self._may_pay(current, costs, largest, seen.ranks):
             period = min(seen.plan.sync_period_steps, LARGER_PERIOD)
             plan = replace(self._probe(2 * self.batch_per_rank), sync_period_steps=period)
             return Decision(plan, "probe larger", why, kept)
         largest = min(largest, 2 * max(seen.plan.batch_per_rank, self.batch_per_rank))  # what is near was measured
-        found = [self._worth(plan, costs, seen.ranks) for plan in self._candidates(costs, largest)]
+        longest = min(NEAR * seen.plan.sync_period_steps, self.max_period_steps)
+        found = [self._worth(plan, costs, seen.ranks) for plan in self._candidates(costs, largest, longest)]
         usable = [each for each in found if math.isfinite(each.goodput)]
         if not usable:
             return Decision(seen.plan, seen.phase_name, why | {"held": "nothing can be predicted yet"}, kept)
@@ -164,12 +166,12 @@ class Autopilot(Policy):
         care = (CARE[self.target] if self.care is None else self.care) * (LATE_CARE if late else 1)
         return float(each.samples_per_s * each.efficiency**care)
 
-    def _candidates(self, costs: Costs, largest: int) -> Iterator[Plan]:
+    def _candidates(self, costs: Costs, largest: int, longest: int) -> Iterator[Plan]:
         batch = self.batch_per_rank
         while batch <= largest:
             step_s = costs.step(batch)
             yield Plan(batch, 1)
-            for period in self._periods():
+            for period in self._periods(longest):
                 for wire in FORMATS:
                     yield Plan(batch, period, delay_steps=0, wire_format=wire, fragments=1)
                     for fragments in (each for each in FRAGMENTS if each <= period):
@@ -181,11 +183,12 @@ class Autopilot(Policy):
                             yield Plan(batch, period, delay_steps=delay, wire_format=wire, fragments=fragments)
             batch *= 2
 
-    def _periods(self) -> list[int]:
+    @staticmethod
+    def _periods(longest: int) -> list[int]:
         """Above 1, each about 1.4 times the one before: 2, 3, 4, 6, 8, 12 and so on."""
-        doubled = [2**power for power in range(1, self.max_period_steps.bit_length())]
+        doubled = [2**power for power in range(1, longest.bit_length())]
         between = [half + half // 2 for half in doubled]
-        return sorted(each for each in doubled + between if each <= self.max_period_steps)
+        return sorted(each for each in doubled + between if each <= longest)
 
     def _hiding(self, transfer_s: float, step_s: float, period: int) -> int:
         """The fewest steps that hide a transfer, as far as they may."""

@@ -66,6 +66,10 @@ class Costs:
     """Rounds that each of these was seen in."""
     transfer_s: Mapping[str, float] = field(default_factory=dict)
     """Seconds of a transfer by what is sent (as `sent` names it, or gradients), where it was seen."""
+    took: Mapping[str, float] = field(default_factory=dict)
+    """Seconds of a round over what was expected of it, by the Plan as `tried` names it."""
+    took_rounds: Mapping[str, int] = field(default_factory=dict)
+    """Rounds that each of these was seen in."""
     unit_drift: float = math.nan
     """Divergence over the model's squared norm, of one local step at a learning rate of 1."""
     lr: float = math.nan
@@ -95,6 +99,9 @@ class Costs:
         if settled and seen.sync_wait_s > 0 and seen.slowest_compute_s > 0 and ran.sync_period_steps == 1:
             seconds = (seen.sync_wait_s + HIDING_SHARE * seen.slowest_compute_s) / seen.steps
             found = replace(found, transfer_s=self._transfers(GRADIENTS, seconds))
+        seconds = seen.slowest_compute_s + seen.sync_wait_s
+        if settled and seconds > 0 and ran.sync_period_steps == seen.steps:
+            found = found._saw_round(ran, seen.ranks, seconds, self.round(ran, seen.ranks))
         if seen.lr > 0:
             found = replace(found, lr=seen.lr, most_lr=max(seen.lr, self.most_lr))
         if seen.divergence > 0 and seen.model_sq_norm > 0 and seen.steps and seen.lr > LEAST_LR:
@@ -125,6 +132,35 @@ class Costs:
         found = _with(self.transfer_s, used, seconds)
         moved = found[used] / self.transfer_s.get(used, found[used])
         return {each: known if each == used else known * moved for each, known in found.items()}
+
+    def _saw_round(self, plan: Plan, ranks: int, seconds: float, before: float) -> Costs:
+        """With one more round's seconds, which were thought to be as many as `before`."""
+        expected, name = self._round(plan, ranks), tried(plan)
+        if not expected > 0:
+            return self
+        rounds = self.took_rounds.get(name, 0) + 1
+        mean = seconds if rounds == 1 else before + max(1 / rounds, 1 - FIT_DECAY) * (seconds - before)
+        took_rounds = {**self.took_rounds, name: min(rounds, KNOWN_ROUNDS)}
+        return replace(self, took={**self.took, name: mean / expected}, took_rounds=took_rounds)
+
+    def round(self, plan: Plan, ranks: int) -> float:
+        """Seconds of a Plan's round: what its parts let expect, times what more it took where it was tried; NaN where
+        nothing was measured. So a Plan that promises more than it holds is tried once."""
+        return self._round(plan, ranks) * self.took.get(tried(plan), 1.0)
+
+    def _round(self, plan: Plan, ranks: int) -> float:
+        """Seconds of a Plan's round by its parts: steps, slowed by averages, and what is waited for."""
+        period, fragments, wire = plan.sync_period_steps, plan.fragments or 1, plan.wire_format or "float32"
+        delay = plan.delay_steps if isinstance(plan.delay_steps, int) else 0
+        step_s = self.step(plan.batch_per_rank)
+        if ranks <= 1:
+            return period * step_s
+        if period == 1:
+            return step_s + max(0.0, self.transfer(GRADIENTS) - HIDING_SHARE * step_s)
+        step_s += beside(plan) * self.beside_s / period  # what hides an average are the steps that it slows
+        transfer_s = self.transfer(wire, fragments, hidden=delay > 0)
+        exposed = max(0.0, fragments * (transfer_s - delay * step_s), fragments * transfer_s - period * step_s)
+        return period * step_s + exposed
 
     def step(self, batch: int) -> float:
         """Seconds of a local step, by what was measured; NaN where nothing was."""
@@ -186,6 +222,12 @@ def sent_as(wire: str, fragments: int, *, hidden: bool) -> str:
 def sent(plan: Plan) -> str:
     """What one transfer of a Plan sends."""
     return sent_as(plan.wire_format or "float32", plan.fragments or 1, hidden=bool(plan.delay_steps))
+
+
+def tried(plan: Plan) -> str:
+    """Names a Plan by all that its rounds' seconds depend on."""
+    delay = plan.delay_steps if isinstance(plan.delay_steps, int) else 0
+    return f"{plan.batch_per_rank} {plan.sync_period_steps} {delay} {sent(plan)}"
 
 
 def _share(name: str) -> float:
@@ -252,15 +294,7 @@ def worth(plan: Plan, costs: Costs, ranks: int, base_batch: int, max_drift: floa
     1 / (1 + d / max_drift) for a mean drift d, times the format's worth.
     """
     batch, period, wire = plan.batch_per_rank, plan.sync_period_steps, plan.wire_format or "float32"
-    ranks, fragments = max(ranks, 1), plan.fragments or 1
-    delay = plan.delay_steps if isinstance(plan.delay_steps, int) else 0
-    step_s, transfer_s = costs.step(batch), costs.transfer(wire, fragments, hidden=delay > 0) if ranks > 1 else 0.0
-    slowed_s = step_s + beside(plan) * costs.beside_s / period  # what hides an average are the steps that it slows
-    if period == 1:
-        exposed = max(0.0, costs.transfer(GRADIENTS) - HIDING_SHARE * step_s) if ranks > 1 else 0.0
-    else:
-        exposed = max(0.0, fragments * (transfer_s - delay * slowed_s), fragments * transfer_s - period * slowed_s)
-    round_s = period * slowed_s + exposed
+    ranks, round_s = max(ranks, 1), costs.round(plan, ranks)
     efficiency, drift = 1.0, drift_of(plan, costs, ranks)
     if batch > base_batch:
         noise = costs.noise_scale
@@ -273,18 +307,19 @@ def worth(plan: Plan, costs: Costs, ranks: int, base_batch: int, max_drift: floa
 
 
 def drift_of(plan: Plan, costs: Costs, ranks: int) -> float:
-    """Divergence over the model's squared norm that a Plan leads to, mean over a round's steps, times the ranks less
-    one; 0 where none was seen.
+    """Divergence over the model's squared norm that a Plan leads to, mean over a round's steps, times (N - 1)^1.5 of N
+    ranks; 0 where none was seen.
 
     A delay of D makes replicas D steps' worth apart when they take an average, and period + D steps' just before; of
     fragments each has its own turn, and is as far apart as the whole model would be.
 
-    N replicas are N − 1 times as far from their mean (squared) as it is from where it would be without noise, and they
-    make an Nth of the steps: the more ranks, the shorter periods have to be (by the bound of Yu, Yang and Zhu 2019,
-    arXiv 1807.06629, in proportion to N^(-3/4), with which this distance falls as N^(-9/8)).
+    The more ranks the shorter periods have to be: by the bound of Yu, Yang and Zhu 2019 (arXiv 1807.06629) in
+    proportion to T^(1/4) N^(-3/4), where as many samples make T steps in proportion to 1 / N, and so to 1 / N. With
+    (N - 1)^1.5 they are in proportion to 1 / (N - 1), and two ranks are what the bound was found for.
     """
     period, delay = plan.sync_period_steps, plan.delay_steps if isinstance(plan.delay_steps, int) else 0
     if period == 1 or not costs.drift > 0:
         return 0.0
     power = DRIFT_POWER + 1
-    return max(ranks - 1, 0) * costs.drift * float((period + delay) ** power - delay**power) / (power * period)
+    mean = float((period + delay) ** power - delay**power) / (power * period)
+    return float(max(ranks - 1, 0) ** DRIFT_POWER * costs.drift * mean)
