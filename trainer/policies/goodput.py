@@ -27,6 +27,9 @@ WORTH = {"float32": 1.0, "bf16": 1.0, "int8": 0.998, "int4": 0.99}
 FRAGMENT_COST = 0.25
 """What each further fragment of an average takes, of cores and of time, over what the whole average does: of 1.7
 million parameters quarters took 1.9 times as long as the whole, all in all, and thirds 1.6 times."""
+WAITED_COST = 0.5
+"""What an average that is waited for takes from the steps around it, over what a hidden one takes from those beside it:
+caches have gone cold. On two machines a quarter and three quarters of it."""
 FIT_DECAY = 0.9
 KNOWN_ROUNDS = 16  # after which a kind of local step is known well enough to tell how fast the machine is
 LEAST_LR = 1e-12  # below it nothing moves by the rate
@@ -60,8 +63,8 @@ class Costs:
     """What was measured of compute, network, gradients and replicas so far."""
 
     step_s: Mapping[str, float] = field(default_factory=dict)
-    """Seconds of a local step by "batch averages" as seen, with the averages a step that go on beside training, as
-    `beside` counts them."""
+    """Seconds of a local step as seen, by "batch hidden waited" with the averages a step that are hidden beside
+    training and that are waited for, as `averages` counts them."""
     step_rounds: Mapping[str, int] = field(default_factory=dict)
     """Rounds that each of these was seen in."""
     transfer_s: Mapping[str, float] = field(default_factory=dict)
@@ -91,9 +94,8 @@ class Costs:
         begins = 2 if ran.delay_steps else 1  # rounds
         settled = ran == seen.plan and seen.phase_steps > begins * seen.steps > 0
         if settled and seen.slowest_compute_s > 0:
-            seconds = seen.slowest_compute_s / seen.steps
-            averages = beside(ran) / ran.sync_period_steps if ran.sync_period_steps else 0
-            found = found._saw_step(f"{ran.batch_per_rank} {averages:g}", seconds)
+            hidden, waited = (count / (ran.sync_period_steps or 1) for count in averages(ran))
+            found = found._saw_step(f"{ran.batch_per_rank} {hidden:g} {waited:g}", seen.slowest_compute_s / seen.steps)
         if settled and seen.transfer_s > 0 and ran.sync_period_steps > 1:
             found = replace(found, transfer_s=self._transfers(sent(ran), seen.transfer_s))
         if settled and seen.sync_wait_s > 0 and seen.slowest_compute_s > 0 and ran.sync_period_steps == 1:
@@ -157,7 +159,8 @@ class Costs:
             return period * step_s
         if period == 1:
             return step_s + max(0.0, self.transfer(GRADIENTS) - HIDING_SHARE * step_s)
-        step_s += beside(plan) * self.beside_s / period  # what hides an average are the steps that it slows
+        hidden, waited = averages(plan)
+        step_s += (hidden + WAITED_COST * waited) * self.beside_s / period  # which also hide more, as they are slower
         transfer_s = self.transfer(wire, fragments, hidden=delay > 0)
         exposed = max(0.0, fragments * (transfer_s - delay * step_s), fragments * transfer_s - period * step_s)
         return period * step_s + exposed
@@ -174,8 +177,8 @@ class Costs:
 
     @property
     def beside_s(self) -> float:
-        """Seconds by which an average slows the local steps that it goes on beside, in all: its work is done by the
-        cores, and the memory, that train."""
+        """Seconds by which a hidden average slows the local steps that it goes on beside, in all: its work is done by
+        the cores, and the memory, that train. 0 until one was seen."""
         return self._fit[2]
 
     @property
@@ -191,8 +194,10 @@ class Costs:
 
     @cached_property
     def _fit(self) -> tuple[float, float, float]:
-        seen = [(each.split(), seconds) for each, seconds in self.step_s.items()]
-        return fitted([(float(batch), float(beside), seconds) for (batch, beside), seconds in seen])
+        seen = [([float(part) for part in each.split()], seconds) for each, seconds in self.step_s.items()]
+        # from waited ones alone what a hidden one takes would be told by their small differences, times four and more
+        cost = WAITED_COST if any(hidden > 0 for (_, hidden, _), _ in seen) else 0.0
+        return fitted([(batch, hidden + cost * waited, seconds) for (batch, hidden, waited), seconds in seen])
 
     def transfer(self, wire: str, fragments: int = 1, *, hidden: bool = False) -> float:
         """Seconds of a fragment's average, waited for or hidden beside training, which takes longer, since it shares
@@ -241,9 +246,11 @@ def _work(fragments: int) -> float:
     return 1 + FRAGMENT_COST * (fragments - 1)
 
 
-def beside(plan: Plan) -> float:
-    """Averages of the whole model that a round's work beside training comes to."""
-    return _work(plan.fragments or 1) if plan.sync_period_steps > 1 and plan.delay_steps else 0.0
+def averages(plan: Plan) -> tuple[float, float]:
+    """Averages of the whole model that a round's work comes to: hidden beside training, and waited for."""
+    if plan.sync_period_steps <= 1:
+        return 0.0, 0.0
+    return (_work(plan.fragments or 1), 0.0) if plan.delay_steps else (0.0, 1.0)
 
 
 def _with(means: Mapping[str, float], name: str, value: float, share: float = 1 - FIT_DECAY) -> dict[str, float]:
