@@ -183,6 +183,7 @@ def test_an_average_beside_training_is_not_free() -> None:
         seen = seen_by(Plan(32, period, delay_steps=delay), round=1, transfer_s=0.01, delay_steps=delay)
         seen = replace(seen, plan=seen.ran, phase_steps=10 * period, slowest_compute_s=period * step_s)
         costs = Costs.restored(costs.saw(replace(seen, sync_wait_s=0.0 if delay else 0.01)).state())
+        assert (costs.beside_s > 0) == (delay > 0), "none is promised, and none feared, before a hidden one was seen"
     assert costs.step(32) == pytest.approx(0.02)
     assert costs.beside_s == pytest.approx(0.02), "of which one that is waited for takes half"
     hidden, blocking = (
