@@ -1,6 +1,7 @@
 """The headline table of "On Using Large-Batches in Federated Learning" (Tyagi 2025, arXiv 2509.10537), at four ranks.
 
-    python -m benchmarks.paper [--models resnet50 vgg11] [--seeds 3] [--iterations 150] [--stem torchvision] [--quick]
+    python -m benchmarks.paper [--models resnet50 vgg11] [--seeds 3] [--iterations 150] [--stem torchvision]
+                              [--backend gloo] [--series NAME] [--quick]
 
 Small batches (8 a rank) and large ones (64 a rank) at period 1; the two in turn (8 at period 8, then 64 at period 1),
 for as many steps each at one learning rate (`alternating`), or seven large steps to a small one at √8 times its rate
@@ -20,7 +21,7 @@ gradients are clipped to norm 1 for all, since without it large batches fall bac
 The autopilot's late part begins where it would if the run ended at the equal samples. Sharpness is that of the final
 models, which have trained different numbers of samples; the table says how many.
 
-Learning rates: three a method, one seed, a third of the iterations; the best final accuracy on the test samples wins,
+Learning rates: five a method, one seed, a third of the iterations; the best final accuracy on the test samples wins,
 and the finals have other seeds. Large batches have the same grid times three (about √8). "(edge)" marks a rate at the
 end of its grid. torchvision's own stem (`--stem torchvision`) is ResNet-50's; VGG-11 cannot take 28 pixels without the
 small one. A finished run is kept in results/paper/ and skipped the next time; table and plot show what is there.
@@ -54,7 +55,7 @@ RESULTS = Path("benchmarks/results/paper")
 METHODS = ("small_batch", "large_batch", "alternating", "mostly_large", "autopilot", "autopilot_accurate")
 COLOURS = dict(zip(METHODS, ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9"), strict=True))
 RANKS, SMALL, LARGE, PERIOD = 4, 8, 64, 8
-MODELS, RATES = ("resnet50", "vgg11"), (0.01, 0.03, 0.1)
+MODELS, RATES = ("resnet50", "vgg11"), (0.01, 0.03, 0.1, 0.2, 0.4)
 MOST_SEEDS, TUNING_SEED = 100, 1_000
 RAMP_SAMPLES = 4 * RANKS * LARGE
 AXES = {"local_step": "iterations", "samples": "samples", "elapsed_s": "seconds"}
@@ -72,6 +73,8 @@ class Settings:
     test_limit: int
     hessian_samples: int
     quick: bool
+    backend: str
+    series: str
     folder: Path = RESULTS
 
     def stem_of(self, model: str) -> str:
@@ -133,7 +136,7 @@ def train(trial: Trial, settings: Settings, root: str) -> str:
     iterations = settings.iterations if final else max(1, settings.iterations // 3)
     policy, samples, every = plan(trial.method, iterations)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
-    command += ["-m", "trainer", "--recipe", f"launch/recipes/{trial.model}.toml", "--world.backend", "gloo"]
+    command += ["-m", "trainer", "--recipe", f"launch/recipes/{trial.model}.toml", "--world.backend", settings.backend]
     command += [word for name, value in policy.items() for word in (f"--policy.{name}", str(value))]
     command += ["--run.root", root, "--run.name", "run", "--run.seed", str(trial.seed), "--run.samples", str(samples)]
     command += ["--optim.lr", str(trial.lr), "--optim.schedule", "constant", "--optim.clip-norm", "1.0"]
@@ -142,7 +145,7 @@ def train(trial: Trial, settings: Settings, root: str) -> str:
     command += ["--data.test-limit", str(settings.test_limit)]
     command += ["--task.small-image-stem" if settings.stem_of(trial.model) == "small" else "--task.no-small-image-stem"]
     command += ["--record.reference-s", "0", "--record.no-progress", "--record.no-tensorboard"]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    env = os.environ | {"OMP_NUM_THREADS": "1", "NCCL_MULTI_RANK_GPU_ENABLE": "1"}
     done = subprocess.run(command, env=env, stderr=subprocess.PIPE, text=True, check=False)
     return done.stderr or f"exit code {done.returncode}" if done.returncode else ""
 
@@ -248,11 +251,13 @@ def report(settings: Settings) -> str:
         f"at {equal_samples(settings.iterations):,} samples",
     ]
     head += ["at equal seconds", "samples/s", "sharpness", "samples in all", "learning rate", "seeds"]
-    place = settings.folder if settings.quick else settings.folder.parent
-    plot(finished, settings, place / "paper.png")
+    place = settings.folder if settings.quick else RESULTS.parent
+    called = f"paper-{settings.series}" if settings.series else "paper"
+    plot(finished, settings, place / f"{called}.png")
     head_of_gains = ["model", "method", *(f"after {mark} iterations" for mark in marks_on_the_way(settings))]
-    gains = write_table(place / "paper-iterations.md", head_of_gains, points_above_small(finished, settings))
-    return f"{write_table(place / 'paper.md', head, rows)}\nPoints above small batches:\n\n{gains}"
+    gains = write_table(place / f"{called}-iterations.md", head_of_gains, points_above_small(finished, settings))
+    table = write_table(place / f"{called}.md", head, rows)
+    return f"{table}\nPoints above small batches:\n\n{gains}"
 
 
 def marks_on_the_way(settings: Settings) -> list[int]:
@@ -337,10 +342,14 @@ def read_settings() -> Settings:
     parser.add_argument("--stem", default="torchvision", choices=("small", "torchvision"))
     parser.add_argument("--test-limit", type=int, default=2_000, help="test samples, drawn by the seed")
     parser.add_argument("--hessian-samples", type=int, default=256)
+    parser.add_argument(
+        "--backend", default="gloo", choices=("gloo", "nccl"), help="nccl: ranks share what GPUs are here"
+    )
+    parser.add_argument("--series", default="", help="a folder, table and plot of their own: another machine's, say")
     parser.add_argument("--quick", action="store_true", help="8 iterations, one seed, one rate; keeps nothing")
     settings = Settings(**vars(parser.parse_args()))
     if not settings.quick:
-        return settings
+        return replace(settings, folder=RESULTS / settings.series)
     folder = Path(tempfile.mkdtemp())
     return replace(settings, seeds=1, iterations=8, test_limit=200, hessian_samples=8, folder=folder)
 

@@ -1,4 +1,4 @@
-"""Real Gloo processes for tests: `run(size, function, *arguments)` calls it on every rank and collects the answers."""
+"""Real processes for tests: `run(size, function, *arguments)` calls it on every rank and collects the answers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import socket
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import Any, Literal
 
 # ranks are forked from a process that has imported torch once, and run nothing before
 _context = mp.get_context("forkserver")
@@ -29,9 +29,14 @@ def free_port() -> int:
 
 
 def run(
-    size: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = 90, local_size: int = 0
+    size: int,
+    function: Callable[..., Any],
+    *arguments: Any,
+    timeout_s: float = 90,
+    local_size: int = 0,
+    backend: Literal["gloo", "nccl"] = "gloo",
 ) -> list[Any]:
-    """What `function(world, *arguments)` returns on each of `size` ranks, by rank."""
+    """What `function(world, *arguments)` returns on each of `size` ranks, by rank; over NCCL they share devices."""
     port = free_port()
     pipes, processes = [], []
     for rank in range(size):
@@ -45,8 +50,9 @@ def run(
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": port,
             "OMP_NUM_THREADS": 1,
+            "NCCL_MULTI_RANK_GPU_ENABLE": 1,
         }
-        process = _context.Process(target=_rank, args=(send, place, function, arguments), daemon=False)
+        process = _context.Process(target=_rank, args=(send, place, backend, function, arguments), daemon=False)
         process.start()
         send.close()
         pipes.append(receive)
@@ -82,7 +88,13 @@ def _collect(pipes: list[Connection], timeout_s: float) -> list[Any]:
     return [results[rank] for rank in range(len(pipes))]
 
 
-def _rank(send: Connection, place: dict[str, Any], function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _rank(
+    send: Connection,
+    place: dict[str, Any],
+    backend: Literal["gloo", "nccl"],
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+) -> None:
     os.environ.update({name: str(value) for name, value in place.items()})
     import torch
 
@@ -92,7 +104,7 @@ def _rank(send: Connection, place: dict[str, Any], function: Callable[..., Any],
     torch.set_num_threads(1)
     torch.manual_seed(int(place["RANK"]))
     try:
-        with open_world(WorldConfig(backend="gloo", timeout_s=30)) as world:
+        with open_world(WorldConfig(backend=backend, timeout_s=30)) as world:
             result = function(world, *arguments)
         send.send_bytes(pickle.dumps((True, result)))  # by value: this process is gone when it is read
     except BaseException:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -115,10 +116,7 @@ def open_world(config: WorldConfig) -> Iterator[World]:
     cuda = torch.cuda.is_available() and config.backend != "gloo"
     if config.backend == "nccl" and not cuda:
         raise ConfigError("world.backend = 'nccl': this host has no CUDA device; choose gloo")
-    if cuda and launch.local_rank >= torch.cuda.device_count():
-        found = torch.cuda.device_count()
-        raise ConfigError(f"{launch.local_size} ranks on a host of {found} CUDA devices: mend --nproc-per-node")
-    device = torch.device("cuda", launch.local_rank) if cuda else torch.device("cpu")
+    device = _device_of(launch) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     else:
@@ -143,6 +141,17 @@ def open_world(config: WorldConfig) -> Iterator[World]:
     else:
         dist.barrier()
         dist.destroy_process_group()
+
+
+def _device_of(launch: Launch) -> torch.device:
+    """The CUDA device of this rank: its own, or where the user lets NCCL share devices, one in turn."""
+    found = torch.cuda.device_count()
+    if launch.local_size > found and os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") != "1":
+        raise ConfigError(
+            f"{launch.local_size} ranks on a host of {found} CUDA devices: mend --nproc-per-node, or let ranks share "
+            "devices with NCCL_MULTI_RANK_GPU_ENABLE=1 (NCCL 2.30 or later)"
+        )
+    return torch.device("cuda", launch.local_rank % found)
 
 
 def versions() -> dict[str, str]:
