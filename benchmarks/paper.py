@@ -21,10 +21,11 @@ gradients are clipped to norm 1 for all, since without it large batches fall bac
 The autopilot's late part begins where it would if the run ended at the equal samples. Sharpness is that of the final
 models, which have trained different numbers of samples; the table says how many.
 
-Learning rates: five a method, one seed, a third of the iterations; the best final accuracy on the test samples wins,
-and the finals have other seeds. Large batches have the same grid times three (about √8). "(edge)" marks a rate at the
-end of its grid. torchvision's own stem (`--stem torchvision`) is ResNet-50's; VGG-11 cannot take 28 pixels without the
-small one. A finished run is kept in results/paper/ and skipped the next time; table and plot show what is there.
+Learning rates: as many a method of one model (five for ResNet-50, three for VGG-11), one seed, a third of the
+iterations; the best final accuracy on the test samples wins, and the finals have other seeds. Large batches have the
+same grid times three (about √8). "(edge)" marks a rate at the end of its grid. torchvision's own stem
+(`--stem torchvision`) is ResNet-50's; VGG-11 cannot take 28 pixels without the small one. A finished run is kept in
+results/paper/ and skipped the next time; table and plot show what is there.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ RESULTS = Path("benchmarks/results/paper")
 METHODS = ("small_batch", "large_batch", "alternating", "mostly_large", "autopilot", "autopilot_accurate")
 COLOURS = dict(zip(METHODS, ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9"), strict=True))
 RANKS, SMALL, LARGE, PERIOD = 4, 8, 64, 8
-MODELS, RATES = ("resnet50", "vgg11"), (0.01, 0.03, 0.1, 0.2, 0.4)
+MODELS = ("resnet50", "vgg11")
+RATES = {"resnet50": (0.01, 0.03, 0.1, 0.2, 0.4), "vgg11": (0.01, 0.03, 0.1)}
 MOST_SEEDS, TUNING_SEED = 100, 1_000
 RAMP_SAMPLES = 4 * RANKS * LARGE
 AXES = {"local_step": "iterations", "samples": "samples", "elapsed_s": "seconds"}
@@ -179,15 +181,15 @@ def measure_once(trial: Trial, settings: Settings) -> bool:
     return True
 
 
-def grid(method: str, quick: bool) -> list[float]:
+def grid(model: str, method: str, quick: bool) -> list[float]:
     """Learning rates to try."""
-    rates = [round(rate * (3 if method == "large_batch" else 1), 6) for rate in RATES]
+    rates = [round(rate * (3 if method == "large_batch" else 1), 6) for rate in RATES[model]]
     return rates[1:2] if quick else rates
 
 
 def chosen(model: str, method: str, settings: Settings) -> float | None:
     """The rate of the best accuracy; None where one has not been tried yet, or all diverged."""
-    rates = grid(method, settings.quick)
+    rates = grid(model, method, settings.quick)
     paths = [Trial(model, method, "tune", rate, TUNING_SEED).path(settings) for rate in rates]
     if len(rates) == 1:
         return rates[0]
@@ -238,7 +240,7 @@ def report(settings: Settings) -> str:
     finished = {key: good for key, found in runs.items() if (good := [run for run in found if not run["diverged"]])}
     rows = []
     for (model, method), found in runs.items():
-        good, lr, rates = finished.get((model, method), []), found[0]["trial"]["lr"], grid(method, False)
+        good, lr, rates = finished.get((model, method), []), found[0]["trial"]["lr"], grid(model, method, False)
         edge = " (edge)" if lr in (rates[0], rates[-1]) else ""
         lost = f", {len(found) - len(good)} diverged" if len(good) < len(found) else ""
         cells = figures(good, common_second(finished, model), settings) if good else ["diverged"] * 6
@@ -320,7 +322,7 @@ def run_all(settings: Settings) -> None:
     """What is missing: a model's trials of learning rates, then its finals, methods interleaved."""
     for model in settings.models:
         for method in [] if settings.quick else settings.methods:
-            for lr in grid(method, quick=False):
+            for lr in grid(model, method, quick=False):
                 measure_once(Trial(model, method, "tune", lr, TUNING_SEED), settings)
         for seed in range(settings.seeds):
             for method in settings.methods:

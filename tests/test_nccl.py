@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,8 @@ def reason() -> str:
     """Why ranks cannot meet over NCCL here, or nothing."""
     if not torch.cuda.is_available():
         return "no CUDA device"
-    if torch.cuda.device_count() < RANKS and torch.cuda.nccl.version() < (2, 30):
-        return f"NCCL {torch.cuda.nccl.version()} does not let {RANKS} ranks share a device"
+    if torch.cuda.device_count() < RANKS and os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") != "1":
+        return f"fewer than {RANKS} CUDA devices, and NCCL_MULTI_RANK_GPU_ENABLE=1 is not set to share one"
     return ""
 
 
