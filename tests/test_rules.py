@@ -312,8 +312,8 @@ def test_as_the_rate_falls_a_hidden_average_stays_short_until_near_the_end() -> 
     for progress in (0.1, 0.5, 0.8, 0.95):
         costs = replace(costs, lr=0.05 * 0.5 * (1 + math.cos(math.pi * progress)))
         found = (policy._worth(plan, costs, 2) for plan in policy._candidates(costs, 32, 64))
-        scores = {each: policy._score(each, progress > 0.75) for each in found if each.drift <= policy.max_divergence}
-        best = _ranked(scores)[0].plan
+        scored = [(policy._score(each, progress > 0.75), each) for each in found if each.drift <= policy.max_divergence]
+        best = _ranked(scored)[0][1].plan
         chosen.append((best.sync_period_steps, best.delay_steps))
     assert chosen == [(6, 2), (8, 2), (8, 2), (32, 7)]
 
@@ -434,9 +434,9 @@ def test_of_plans_that_are_about_as_good_the_one_that_averages_least_is_taken() 
     costs = replace(costs, unit_drift=1e-9, lr=1.0)
     policy = Autopilot()
     found = [worth(plan, costs, 2, 32, policy.max_divergence) for plan in policy._candidates(costs, 32, 4)]
-    scores = {each: each.goodput for each in found if each.plan.wire_format == "int4" and each.plan.delay_steps == 1}
-    assert {each.plan.fragments for each in scores} == {1, 2, 3, 4}
-    best = _ranked(scores)[0]
+    scored = [(each.goodput, each) for each in found if each.plan.wire_format == "int4" and each.plan.delay_steps == 1]
+    assert {each.plan.fragments for _, each in scored} == {1, 2, 3, 4}
+    _, best = _ranked(scored)[0]
     assert (best.plan.sync_period_steps, best.plan.fragments) == (4, 2)
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
+from operator import itemgetter
 from typing import Any, Literal
 
 from trainer.errors import require, require_at_least
@@ -23,6 +25,7 @@ TIE = 0.03  # goodput so near the best counts as good: then the fewest averages,
 CARE = {"time": 2.0, "bytes": 2.0, "accuracy": 16.0}
 LATE_CARE = 4.0  # times as much in the late part
 SLACK = 1.5  # times the bound, before a Plan must end
+_plan = cache(Plan)  # the same candidates come again and again, and a Plan checks itself
 
 
 @register("autopilot")
@@ -128,22 +131,22 @@ class Autopilot(Policy):
         if not usable:
             return Decision(seen.plan, seen.phase_name, why | {"held": "nothing can be predicted yet"}, kept)
         bounded = [each for each in usable if each.drift <= self.max_divergence]
-        scores = {each: self._score(each, late) for each in bounded or [min(usable, key=lambda each: each.drift)]}
+        scored = [(self._score(each, late), each) for each in bounded or [min(usable, key=lambda each: each.drift)]]
         score = self._score(current, late)
         if self.target == "bytes":
-            least = max(scores.values()) / 2
-            scores = {each: each.efficiency / each.bytes_per_sample for each in scores if scores[each] >= least}
+            least = max(goodput for goodput, _ in scored) / 2
+            scored = [(each.efficiency / each.bytes_per_sample, each) for goodput, each in scored if goodput >= least]
             forced |= score < least
             score = current.efficiency / current.bytes_per_sample
-        ranked = _ranked(scores)
-        best = ranked[0]
+        ranked = _ranked(scored)
+        top, best = ranked[0]
         why |= {
-            "candidates": [each.told() | {"score": float(f"{scores[each]:.5g}")} for each in ranked[:SHOWN]],
+            "candidates": [each.told() | {"score": float(f"{found:.5g}")} for found, each in ranked[:SHOWN]],
             "noise_scale": costs.noise_scale if costs.noise_scale > 0 else None,
             "drift": costs.drift if costs.drift > 0 else None,
-            "gain": scores[best] / score - 1 if score > 0 else None,
+            "gain": top / score - 1 if score > 0 else None,
         }
-        if not forced and not scores[best] > (1 + self.min_gain) * score:
+        if not forced and not top > (1 + self.min_gain) * score:
             return Decision(seen.plan, seen.phase_name, why, kept)
         kept["expected"] = best.samples_per_s
         return Decision(best.plan, "late" if late else "cruise", why, kept)
@@ -170,17 +173,17 @@ class Autopilot(Policy):
         batch = self.batch_per_rank
         while batch <= largest:
             step_s = costs.step(batch)
-            yield Plan(batch, 1)
+            yield _plan(batch, 1)
             for period in self._periods(longest):
                 for wire in FORMATS:
-                    yield Plan(batch, period, delay_steps=0, wire_format=wire, fragments=1)
+                    yield _plan(batch, period, delay_steps=0, wire_format=wire, fragments=1)
                     for fragments in (each for each in FRAGMENTS if each <= period):
                         transfer_s = costs.transfer(wire, fragments, hidden=True)
                         if fragments > 1 and fragments * transfer_s > period * step_s:
                             continue  # a link has no time for more than this
                         hiding = self._hiding(transfer_s, step_s, period)
                         for delay in range(max(1, hiding - 1), hiding + 1):
-                            yield Plan(batch, period, delay_steps=delay, wire_format=wire, fragments=fragments)
+                            yield _plan(batch, period, delay_steps=delay, wire_format=wire, fragments=fragments)
             batch *= 2
 
     @staticmethod
@@ -215,12 +218,12 @@ class Autopilot(Policy):
         return seen.steps * seen.ran.batch_per_rank * seen.ranks / seconds if seconds > 0 else None
 
 
-def _ranked(scores: Mapping[Worth, float]) -> list[Worth]:
+def _ranked(scored: Sequence[tuple[float, Worth]]) -> list[tuple[float, Worth]]:
     """Best first; of those that are about as good the one that averages least often, and in the fewest fragments."""
-    ranked = sorted(scores, key=lambda each: scores[each], reverse=True)
-    ties = [each for each in ranked if scores[each] >= (1 - TIE) * scores[ranked[0]]]
-    best = max(ties, key=lambda each: _rarity(each.plan))
-    return [best, *(each for each in ranked if each is not best)]
+    ranked = sorted(scored, key=itemgetter(0), reverse=True)
+    ties = [place for place, (score, _) in enumerate(ranked) if score >= (1 - TIE) * ranked[0][0]]
+    best = ranked.pop(max(ties, key=lambda place: _rarity(ranked[place][1].plan)))
+    return [best, *ranked]
 
 
 def _rarity(plan: Plan) -> tuple[int, int]:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, field, fields, replace
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,7 @@ caches have gone cold. On two machines a quarter and three quarters of it."""
 FIT_DECAY = 0.9
 KNOWN_ROUNDS = 16  # after which a kind of local step is known well enough to tell how fast the machine is
 LEAST_LR = 1e-12  # below it nothing moves by the rate
+DEPENDENT = 1e-10  # squared sine of an angle below which columns of points are taken for one
 DRIFT_POWER = 1.5
 """Squared distance of replicas by local steps: 1 for a random walk, up to 3 within the memory of a momentum."""
 
@@ -45,17 +46,26 @@ def fitted(points: Sequence[tuple[float, float, float]]) -> tuple[float, float, 
     """
     if not points:
         return math.nan, math.nan, math.nan
-    x, y, t = np.array(points, dtype=np.float64).T
-    columns = np.stack([np.ones_like(x), x, y], axis=1)
-    best, least = np.full(3, math.nan), math.inf
-    for chosen in ([1], [0, 1], [1, 2], [0, 1, 2], [0], [0, 2]):
-        found = np.zeros(3)
-        found[chosen] = np.linalg.lstsq(columns[:, chosen], t, rcond=None)[0]
-        error = float(np.square(columns @ found - t).sum())
-        if found.min() >= 0 and error < least - 1e-9 * float(np.square(t).sum()):
-            best, least = found, error
-    start, slope, beside = best.tolist()
+    seen = np.array([(1.0, *point) for point in points])
+    lengths = np.sqrt(np.square(seen).sum(axis=0))
+    lengths[lengths == 0] = 1.0
+    unit = seen / lengths
+    products = unit.T @ unit  # of 1, x, y and t, each of length 1
+    among = np.where(_BOTH, products[:3, :3], np.eye(3))
+    among[np.linalg.det(among) < DEPENDENT] = np.nan  # fewer columns say the same
+    found = np.linalg.solve(among, (_CHOSEN * products[:3, 3])[:, :, None])[:, :, 0]
+    errors = 1.0 - found @ products[:3, 3]
+    good = [(error, fit) for error, fit in zip(errors, found, strict=True) if fit.min() >= 0]
+    least = min(error for error, _ in good)
+    best = next(fit for error, fit in good if error < least + 1e-9)
+    start, slope, beside = (best * lengths[3] / lengths[:3]).tolist()
     return start, slope, beside
+
+
+_CHOSEN = np.array(
+    [(0, 1, 0), (1, 1, 0), (0, 1, 1), (1, 1, 1), (1, 0, 0), (1, 0, 1)]
+)  # columns of a fit, by preference
+_BOTH = (_CHOSEN[:, :, None] * _CHOSEN[:, None, :]).astype(bool)
 
 
 @dataclass(frozen=True)
@@ -153,7 +163,7 @@ class Costs:
     def _round(self, plan: Plan, ranks: int) -> float:
         """Seconds of a Plan's round by its parts: steps, slowed by averages, and what is waited for."""
         period, fragments, wire = plan.sync_period_steps, plan.fragments or 1, plan.wire_format or "float32"
-        delay = plan.delay_steps if isinstance(plan.delay_steps, int) else 0
+        delay = delay_of(plan)
         step_s = self.step(plan.batch_per_rank)
         if ranks <= 1:
             return period * step_s
@@ -203,15 +213,19 @@ class Costs:
         """Seconds of a fragment's average, waited for or hidden beside training, which takes longer, since it shares
         the cores: measured, or from others by their bytes; NaN where none was seen."""
         name = sent_as(wire, fragments, hidden=hidden)
-        if name in self.transfer_s:
-            return self.transfer_s[name]
-        known = {other: seconds / _share(other) for other, seconds in self.transfer_s.items()}
-        alike = [each for other, each in known.items() if other.endswith(BESIDE) == hidden] or [*known.values()]
-        return _share(name) * max(alike) if alike else math.nan
+        return self.transfer_s.get(name) or _share(name) * self._model_s[hidden]
+
+    @cached_property
+    def _model_s(self) -> dict[bool, float]:
+        """Seconds that the model takes in float32, waited for and hidden, by the slowest of the transfers seen."""
+        known = {each: seconds / _share(each) for each, seconds in self.transfer_s.items()}
+        slowest = max(known.values(), default=math.nan)
+        alike = {hidden: [each for name, each in known.items() if name.endswith(BESIDE) == hidden] for hidden in (0, 1)}
+        return {bool(hidden): max(found, default=slowest) for hidden, found in alike.items()}
 
     def state(self) -> dict[str, Any]:
         """As JSON."""
-        return asdict(self)
+        return {each.name: getattr(self, each.name) for each in fields(self)}
 
     @classmethod
     def restored(cls, state: Mapping[str, Any]) -> Costs:
@@ -229,12 +243,17 @@ def sent(plan: Plan) -> str:
     return sent_as(plan.wire_format or "float32", plan.fragments or 1, hidden=bool(plan.delay_steps))
 
 
+def delay_of(plan: Plan) -> int:
+    """A Plan's delay in steps, 0 where it leaves it to others."""
+    return plan.delay_steps if isinstance(plan.delay_steps, int) else 0
+
+
 def tried(plan: Plan) -> str:
     """Names a Plan by all that its rounds' seconds depend on."""
-    delay = plan.delay_steps if isinstance(plan.delay_steps, int) else 0
-    return f"{plan.batch_per_rank} {plan.sync_period_steps} {delay} {sent(plan)}"
+    return f"{plan.batch_per_rank} {plan.sync_period_steps} {delay_of(plan)} {sent(plan)}"
 
 
+@cache
 def _share(name: str) -> float:
     """What a transfer that is so named takes over the model's in float32, by its bytes and what a fragment costs."""
     wire, _, fragments = name.removesuffix(BESIDE).partition("/")
@@ -324,7 +343,7 @@ def drift_of(plan: Plan, costs: Costs, ranks: int) -> float:
     proportion to T^(1/4) N^(-3/4), where as many samples make T steps in proportion to 1 / N, and so to 1 / N. With
     (N - 1)^1.5 they are in proportion to 1 / (N - 1), and two ranks are what the bound was found for.
     """
-    period, delay = plan.sync_period_steps, plan.delay_steps if isinstance(plan.delay_steps, int) else 0
+    period, delay = plan.sync_period_steps, delay_of(plan)
     if period == 1 or not costs.drift > 0:
         return 0.0
     power = DRIFT_POWER + 1
