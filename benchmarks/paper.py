@@ -58,6 +58,7 @@ COLOURS = dict(zip(METHODS, ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A
 RANKS, SMALL, LARGE, PERIOD = 4, 8, 64, 8
 MODELS = ("resnet50", "vgg11")
 RATES = {"resnet50": (0.01, 0.03, 0.1, 0.2, 0.4), "vgg11": (0.01, 0.03, 0.1)}
+ANNEALED_RATES = {"resnet50": (0.1, 0.2, 0.4), "vgg11": (0.03, 0.1, 0.2)}
 MOST_SEEDS, TUNING_SEED = 100, 1_000
 RAMP_SAMPLES = 4 * RANKS * LARGE
 AXES = {"local_step": "iterations", "samples": "samples", "elapsed_s": "seconds"}
@@ -76,6 +77,7 @@ class Settings:
     hessian_samples: int
     quick: bool
     backend: str
+    anneal: bool
     series: str
     folder: Path = RESULTS
 
@@ -97,6 +99,7 @@ class Trial:
     def path(self, settings: Settings) -> Path:
         """Where its result lies."""
         kind = f"{self.model}-{settings.stem_of(self.model)}-{settings.iterations}-{self.method}"
+        kind += "-annealed" if settings.anneal else ""
         return settings.folder / f"{kind}-{self.role}-{self.lr}-{self.seed}.json"
 
 
@@ -105,10 +108,15 @@ def equal_samples(iterations: int) -> int:
     return 4 * iterations * RANKS * SMALL
 
 
-def plan(method: str, iterations: int) -> tuple[dict[str, Any], int, int]:
+def plan(method: str, iterations: int, anneal: bool) -> tuple[dict[str, Any], int, int]:
     """A method's policy, the samples that its comparisons need, and those between two evaluations."""
     policy: dict[str, Any]
     equal = equal_samples(iterations)
+    if anneal:
+        policy, samples, every = plan(method, iterations, anneal=False)
+        if "late-from" in policy:
+            policy["late-from"] *= samples / equal
+        return policy, equal, min(every, equal // 6)
     if method in ("small_batch", "large_batch"):
         batch = SMALL if method == "small_batch" else LARGE
         samples = max(equal, iterations * RANKS * batch)
@@ -136,12 +144,13 @@ def train(trial: Trial, settings: Settings, root: str) -> str:
     """Start the run as a user would; what went wrong, or nothing."""
     final = trial.role == "final"
     iterations = settings.iterations if final else max(1, settings.iterations // 3)
-    policy, samples, every = plan(trial.method, iterations)
+    policy, samples, every = plan(trial.method, iterations, settings.anneal)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
     command += ["-m", "trainer", "--recipe", f"launch/recipes/{trial.model}.toml", "--world.backend", settings.backend]
     command += [word for name, value in policy.items() for word in (f"--policy.{name}", str(value))]
     command += ["--run.root", root, "--run.name", "run", "--run.seed", str(trial.seed), "--run.samples", str(samples)]
-    command += ["--optim.lr", str(trial.lr), "--optim.schedule", "constant", "--optim.clip-norm", "1.0"]
+    command += ["--optim.lr", str(trial.lr), "--optim.clip-norm", "1.0"]
+    command += ["--optim.schedule", "cosine" if settings.anneal else "constant"]
     command += ["--optim.warmup-samples", str(iterations * RANKS * SMALL // 5)]
     command += ["--eval.every-samples", str(every if final else samples)]
     command += ["--data.test-limit", str(settings.test_limit)]
@@ -181,15 +190,16 @@ def measure_once(trial: Trial, settings: Settings) -> bool:
     return True
 
 
-def grid(model: str, method: str, quick: bool) -> list[float]:
+def grid(model: str, method: str, settings: Settings) -> list[float]:
     """Learning rates to try."""
-    rates = [round(rate * (3 if method == "large_batch" else 1), 6) for rate in RATES[model]]
-    return rates[1:2] if quick else rates
+    tried = (ANNEALED_RATES if settings.anneal else RATES)[model]
+    rates = [round(rate * (3 if method == "large_batch" else 1), 6) for rate in tried]
+    return rates[1:2] if settings.quick else rates
 
 
 def chosen(model: str, method: str, settings: Settings) -> float | None:
     """The rate of the best accuracy; None where one has not been tried yet, or all diverged."""
-    rates = grid(model, method, settings.quick)
+    rates = grid(model, method, settings)
     paths = [Trial(model, method, "tune", rate, TUNING_SEED).path(settings) for rate in rates]
     if len(rates) == 1:
         return rates[0]
@@ -240,7 +250,7 @@ def report(settings: Settings) -> str:
     finished = {key: good for key, found in runs.items() if (good := [run for run in found if not run["diverged"]])}
     rows = []
     for (model, method), found in runs.items():
-        good, lr, rates = finished.get((model, method), []), found[0]["trial"]["lr"], grid(model, method, False)
+        good, lr, rates = finished.get((model, method), []), found[0]["trial"]["lr"], grid(model, method, settings)
         edge = " (edge)" if lr in (rates[0], rates[-1]) else ""
         lost = f", {len(found) - len(good)} diverged" if len(good) < len(found) else ""
         cells = figures(good, common_second(finished, model), settings) if good else ["diverged"] * 6
@@ -322,7 +332,7 @@ def run_all(settings: Settings) -> None:
     """What is missing: a model's trials of learning rates, then its finals, methods interleaved."""
     for model in settings.models:
         for method in [] if settings.quick else settings.methods:
-            for lr in grid(model, method, quick=False):
+            for lr in grid(model, method, settings):
                 measure_once(Trial(model, method, "tune", lr, TUNING_SEED), settings)
         for seed in range(settings.seeds):
             for method in settings.methods:
@@ -347,6 +357,7 @@ def read_settings() -> Settings:
     parser.add_argument(
         "--backend", default="gloo", choices=("gloo", "nccl"), help="nccl: ranks share what GPUs are here"
     )
+    parser.add_argument("--anneal", action="store_true", help="cosine to the equal samples, where every run ends")
     parser.add_argument("--series", default="", help="a folder, table and plot of their own: another machine's, say")
     parser.add_argument("--quick", action="store_true", help="8 iterations, one seed, one rate; keeps nothing")
     settings = Settings(**vars(parser.parse_args()))
