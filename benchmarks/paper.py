@@ -1,7 +1,7 @@
 """The headline table of "On Using Large-Batches in Federated Learning" (Tyagi 2025, arXiv 2509.10537), at four ranks.
 
     python -m benchmarks.paper [--models resnet50 vgg11] [--seeds 3] [--iterations 150] [--stem torchvision]
-                              [--backend gloo] [--series NAME] [--quick]
+                              [--backend gloo] [--anneal] [--series NAME] [--quick]
 
 Small batches (8 a rank) and large ones (64 a rank) at period 1; the two in turn (8 at period 8, then 64 at period 1),
 for as many steps each at one learning rate (`alternating`), or seven large steps to a small one at √8 times its rate
@@ -16,7 +16,8 @@ evaluation curve by linear interpolation:
 - equal samples: after those of small batches at four times the iterations;
 - equal seconds: at the last second of training time that every run of the model reached.
 
-So that a run may be read before its end, the learning rate is constant after a warm-up, the same in samples for all;
+So that a run may be read before its end, the learning rate is constant after a warm-up, the same in samples for all
+(with `--anneal`, a cosine to the equal samples, where every run ends: those alone are compared, at rates of their own);
 gradients are clipped to norm 1 for all, since without it large batches fall back to chance again and again.
 The autopilot's late part begins where it would if the run ended at the equal samples. Sharpness is that of the final
 models, which have trained different numbers of samples; the table says how many.
@@ -253,23 +254,32 @@ def report(settings: Settings) -> str:
         good, lr, rates = finished.get((model, method), []), found[0]["trial"]["lr"], grid(model, method, settings)
         edge = " (edge)" if lr in (rates[0], rates[-1]) else ""
         lost = f", {len(found) - len(good)} diverged" if len(good) < len(found) else ""
-        cells = figures(good, common_second(finished, model), settings) if good else ["diverged"] * 6
+        marks = marks_of(model, finished, settings)
+        cells = figures(good, marks) if good else ["diverged"] * (len(marks) + 3)
         name = f"{model}, {settings.stem_of(model)} stem"
         rows.append([name, f"`{method}`", *cells, f"{lr:g}{edge}", f"{len(found)}{lost}"])
-    head = [
-        "model",
-        "method",
-        f"accuracy at {settings.iterations} iterations",
-        f"at {equal_samples(settings.iterations):,} samples",
-    ]
-    head += ["at equal seconds", "samples/s", "sharpness", "samples in all", "learning rate", "seeds"]
+    head = ["model", "method", f"accuracy at {equal_samples(settings.iterations):,} samples"]
+    if not settings.anneal:
+        head[2:] = [f"accuracy at {settings.iterations} iterations", head[2].removeprefix("accuracy ")]
+        head += ["at equal seconds"]
+    head += ["samples/s", "sharpness", "samples in all", "learning rate", "seeds"]
     place = settings.folder if settings.quick else RESULTS.parent
-    called = f"paper-{settings.series}" if settings.series else "paper"
+    called = "-".join(part for part in ("paper", "annealed" * settings.anneal, settings.series) if part)
     plot(finished, settings, place / f"{called}.png")
+    table = write_table(place / f"{called}.md", head, rows)
+    if settings.anneal:
+        return table
     head_of_gains = ["model", "method", *(f"after {mark} iterations" for mark in marks_on_the_way(settings))]
     gains = write_table(place / f"{called}-iterations.md", head_of_gains, points_above_small(finished, settings))
-    table = write_table(place / f"{called}.md", head, rows)
     return f"{table}\nPoints above small batches:\n\n{gains}"
+
+
+def marks_of(model: str, finished: Runs, settings: Settings) -> dict[str, float]:
+    """Where a model's runs are compared, by what an evaluation's record calls it; annealed ones at their end alone."""
+    samples: dict[str, float] = {"samples": equal_samples(settings.iterations)}
+    if settings.anneal:
+        return samples
+    return {"local_step": settings.iterations, **samples, "elapsed_s": common_second(finished, model)}
 
 
 def marks_on_the_way(settings: Settings) -> list[int]:
@@ -296,11 +306,12 @@ def points_above_small(finished: Runs, settings: Settings) -> list[list[str]]:
     return rows
 
 
-def figures(good: list[dict[str, Any]], second: float, settings: Settings) -> list[str]:
+def figures(good: list[dict[str, Any]], marks: dict[str, float]) -> list[str]:
     """A row's measured cells."""
-    marks = {"local_step": settings.iterations, "samples": equal_samples(settings.iterations), "elapsed_s": second}
-    cells = [cell([reading(run, by, at) for run in good], ".4f") for by, at in marks.items()]
-    cells[-1] += f" ({second:,.0f} s)"
+    cells = []
+    for by, at in marks.items():
+        accuracy = cell([reading(run, by, at) for run in good], ".4f")
+        cells.append(f"{accuracy} ({at:,.0f} s)" if by == "elapsed_s" else accuracy)
     cells += [cell([run["summary"]["samples_per_s"] for run in good], ",.1f")]
     cells += [cell([run["sharpness"] for run in good], ".3g")]
     return [*cells, f"{statistics.mean(run['summary']['samples'] for run in good):,.0f}"]
@@ -314,13 +325,14 @@ def plot(finished: Runs, settings: Settings, path: Path) -> None:
     figure = Figure(figsize=(11, 3.4 * len(shown)), layout="constrained")
     panels = figure.subplots(len(shown), len(AXES), squeeze=False, sharey="row")
     for model, row in zip(shown, panels, strict=True):
-        marks = (settings.iterations, equal_samples(settings.iterations), common_second(finished, model))
-        for (by, label), mark, axes in zip(AXES.items(), marks, row, strict=True):
+        marks = marks_of(model, finished, settings)
+        for (by, label), axes in zip(AXES.items(), row, strict=True):
             for method, colour in COLOURS.items():
                 for seed, run in enumerate(finished.get((model, method), [])):
                     xs, ys = ([each[name] for each in run["evals"]] for name in (by, "test_accuracy"))
                     axes.plot(xs, ys, ".-", color=colour, alpha=0.7, linewidth=1, label="" if seed else method)
-            axes.axvline(mark, color="0.5", linestyle=":")
+            if by in marks:
+                axes.axvline(marks[by], color="0.5", linestyle=":")
             axes.set_xlabel(label)
             axes.grid(alpha=0.3)
         row[0].set_ylabel(f"test accuracy, {model}")
