@@ -56,7 +56,8 @@ def train(
 
 def trained(sync: LocalSGD, rank: int, step: int, samples: int = 8) -> list[Any]:
     """One local step of the loop; the rounds that it ended."""
-    x, y = batch(rank, step)
+    device = next(sync.model.parameters()).device
+    x, y = (values.to(device) for values in batch(rank, step))
     sync.optimizer.zero_grad()
     loss = F.mse_loss(sync.model(x), y)
     loss.backward()

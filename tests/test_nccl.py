@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 import torch
 from ranks import RankError, run
-from test_averaging import CLASSES, FEATURES, LR, batch
+from test_averaging import CLASSES, FEATURES, LR, trained
 from test_train import SETTINGS, in_process, lines, settings, weights
 from torch import nn
-from torch.nn import functional as F
 
 from trainer import Alternating, Constant, LocalSGD, Plan, SyncConfig, recipes
 from trainer.world import World
@@ -57,12 +56,7 @@ def every_way(world: World) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         policy = Alternating(small=Plan(8, 4), large=Plan(8, 1), steps_per_phase=8)
         with LocalSGD(model, optimizer, policy, settings=SyncConfig(**ways), world=world) as sync:
             for step in range(22):
-                x, y = (values.to(world.device) for values in batch(world.rank, step))
-                optimizer.zero_grad()
-                loss = F.mse_loss(sync.model(x), y)
-                loss.backward()
-                optimizer.step()
-                sync.step(loss, samples=8)
+                trained(sync, world.rank, step)
                 if step == 5:
                     middle = nn.utils.parameters_to_vector(model.parameters()).detach().cpu()
             sync.finish()
@@ -130,12 +124,7 @@ def lonely(world: World) -> None:
         for step in range(6):
             if world.rank == 1 and step == 3:
                 raise OSError("gone")
-            x, y = (values.to(world.device) for values in batch(world.rank, step))
-            optimizer.zero_grad()
-            loss = F.mse_loss(sync.model(x), y)
-            loss.backward()
-            optimizer.step()
-            sync.step(loss, samples=8)
+            trained(sync, world.rank, step)
 
 
 def test_a_rank_that_is_gone_ends_the_others() -> None:

@@ -62,9 +62,8 @@ def fitted(points: Sequence[tuple[float, float, float]]) -> tuple[float, float, 
     return start, slope, beside
 
 
-_CHOSEN = np.array(
-    [(0, 1, 0), (1, 1, 0), (0, 1, 1), (1, 1, 1), (1, 0, 0), (1, 0, 1)]
-)  # columns of a fit, by preference
+# the columns (1, x, y) of each fit, the one that promises least first
+_CHOSEN = np.array([(0, 1, 0), (1, 1, 0), (0, 1, 1), (1, 1, 1), (1, 0, 0), (1, 0, 1)])
 _BOTH = (_CHOSEN[:, :, None] * _CHOSEN[:, None, :]).astype(bool)
 
 
