@@ -26,6 +26,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from benchmarks.provenance import provenance
@@ -131,6 +132,7 @@ def plot(found: list[dict[str, Any]], path: Path) -> None:
     """Accuracy by training seconds: a line a method, its first seed; the grid in grey but for its soonest."""
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
+    axes.set_prop_cycle(color=colormaps["tab20"].colors)  # type: ignore[attr-defined]
     first = {run["method"]: run for run in reversed(found) if not run.get("diverged")}
     grid = [run for run in first.values() if run["method"] in GRID]
     best = soonest(grid)["method"] if grid else ""
@@ -139,9 +141,9 @@ def plot(found: list[dict[str, Any]], path: Path) -> None:
         if method in GRID and method != best:
             axes.plot(seconds, accuracy, color="0.85", linewidth=0.8, zorder=1)
         else:
-            width = 2.5 if method == "autopilot" else 1.2
+            colour, width = ("black", 2.5) if method == "autopilot" else (None, 1.2)
             label = f"{method} (best of grid)" if method == best else method
-            axes.plot(seconds, accuracy, label=label, linewidth=width)
+            axes.plot(seconds, accuracy, label=label, color=colour, linewidth=width)
     axes.axhline(GOAL, color="0.5", linewidth=0.6, linestyle=":")
     axes.set(xlabel="training seconds", ylabel="test accuracy", ylim=(0.8, None), xscale="log")
     axes.legend(frameon=False, fontsize="small", ncols=2)
