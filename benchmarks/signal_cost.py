@@ -8,8 +8,8 @@ message's packing and reading (for two ranks), the estimates and the autopilot's
 comparison of all its candidates; at period 1 the norms of the buckets before and after, once an observation of eight
 steps. Medians; the message's extra bytes are counted, not timed.
 
-How many candidates there are depends on how fast replicas part: here as fast as this model's did on two hosts at
-100 Mbit/s (benchmarks/README.md). "Most" is the same where they never part, and every batch and period is compared.
+How many candidates there are depends on how fast replicas part. All is measured twice: with replicas that part as
+slowly as this model's did in a run over 100 Mbit/s, and with some that never do, where most candidates are compared.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from trainer.tasks import FedAvgCNN
 
 RESULT = Path("benchmarks/results/signal_cost.json")
 BATCH, OBSERVE = 32, 8
-DRIFT = 0.03
-"""Divergence over the model's squared norm, of one local step at a learning rate of 1."""
+DRIFTS = {"as_in_a_run": 0.03, "most_candidates": 0.0}
+"""Divergence over the model's squared norm, of one local step at a learning rate of 1; in that run 0.03 to 0.06."""
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -47,15 +47,14 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def measure(repeats: int) -> dict[str, float]:
-    """Median seconds of each part; of comparing candidates, seconds a local step."""
+def measure(repeats: int, drift: float) -> dict[str, float]:
+    """Median seconds of each part, where replicas part so; of comparing candidates, seconds a local step."""
     torch.manual_seed(0)
     model = FedAvgCNN(10, 1)
     optimizer = torch.optim.SGD(model.parameters(), 0.05, 0.9, nesterov=True)
     x, y = torch.randn(BATCH, 1, 28, 28), torch.randint(0, 10, (BATCH,))
-    notes, signals = GradientNotes(torch.device("cpu")), Signals()
-    controllers = {"decide": (Controller(Autopilot()), DRIFT), "decide_most": (Controller(Autopilot()), 0.0)}
-    found: dict[str, list[float]] = {name: [] for name in ("step", "note", "message", "buckets", *controllers)}
+    notes, signals, controller = GradientNotes(torch.device("cpu")), Signals(), Controller(Autopilot())
+    found: dict[str, list[float]] = {"step": [], "note": [], "message": [], "decide": [], "buckets": []}
 
     def step() -> None:
         optimizer.zero_grad()
@@ -82,14 +81,11 @@ def measure(repeats: int) -> dict[str, float]:
         flat = [torch.cat([gradient.flatten() for gradient in gradients if gradient is not None])]
         found["buckets"].append(seconds(buckets))
         notes.begin()
-        for name, (controller, drift) in controllers.items():
-            seen = observation(number, controller.plan, drift)
-            found[name].append(seconds(lambda controller=controller, seen=seen: controller.observe(seen)))  # type: ignore[misc]
+        seen = observation(number, controller.plan, drift)
+        found["decide"].append(seconds(lambda seen=seen: controller.observe(seen)))  # type: ignore[misc]
     medians = {name: statistics.median(times) for name, times in found.items()}
-    for name in controllers:  # few decisions compare, and take long
-        rest = statistics.mean(found[name]) - medians[name]
-        medians[name.replace("decide", "compare")] = rest / SEEN.steps
-    return medians
+    rest = statistics.mean(found["decide"]) - medians["decide"]  # few decisions compare, and take long
+    return medians | {"compare": rest / SEEN.steps}
 
 
 def observation(number: int, plan: Plan, drift: float) -> Observation:
@@ -98,11 +94,11 @@ def observation(number: int, plan: Plan, drift: float) -> Observation:
     return replace(SEEN, round=number, local_step=SEEN.steps * number, ran=plan, divergence=divergence)
 
 
-def share(parts: dict[str, float], period: int, compare: str = "compare") -> float:
+def share(parts: dict[str, float], period: int) -> float:
     """Of a local step, at a period of so many."""
     rounds = OBSERVE if period == 1 else period
     noted = parts["buckets"] / OBSERVE if period == 1 else parts["note"] / max(period, OBSERVE)
-    return (noted + (parts["message"] + parts["decide"]) / rounds + parts[compare]) / parts["step"]
+    return (noted + (parts["message"] + parts["decide"]) / rounds + parts["compare"]) / parts["step"]
 
 
 SEEN = Observation(
@@ -123,10 +119,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.signal_cost", description=__doc__)
     parser.add_argument("--repeats", type=int, default=30)
     torch.set_num_threads(1)
-    parts = measure(parser.parse_args().repeats)
-    kept: dict[str, dict[str, float]] = {"milliseconds": {name: round(1e3 * part, 3) for name, part in parts.items()}}
-    for named, compare in (("shares", "compare"), ("shares_most", "compare_most")):
-        kept[named] = {f"period {period}": round(share(parts, period, compare), 5) for period in (1, 4, 8, 16, 32)}
+    repeats, kept = parser.parse_args().repeats, {}
+    for name, drift in DRIFTS.items():
+        parts = measure(repeats, drift)
+        shares = {f"period {period}": round(share(parts, period), 5) for period in (1, 4, 8, 16, 32)}
+        kept[name] = {"milliseconds": {part: round(1e3 * took, 3) for part, took in parts.items()}, "shares": shares}
     RESULT.write_text(json.dumps(kept | {"bytes_a_message": 8 * (SKETCH + 3), "provenance": provenance()}, indent=1))
     print(json.dumps(kept, indent=1))
 
