@@ -1,7 +1,7 @@
 """The frontier of policies: time to an accuracy, final accuracy, bytes and samples/s over links of a given rate.
 
     python -m benchmarks.policies [--rate 100mbit] [--hosts 2] [--seeds 3] [--methods grid autopilot qsr ...]
-                                  [--tune] [--series NAME] [--quick]
+                                  [--tune] [--series NAME] [--at-once 1] [--quick]
 
 Every run is `python -m trainer` on hosts of their own (network namespaces, one core each), as a user starts it: the
 FedAvg CNN on Fashion-MNIST, 118,784 samples, SGD with Nesterov momentum 0.9, cosine, evaluated every 10,000 samples.
@@ -11,7 +11,8 @@ parameters send int8 behind delays that hide them; a policy that sets its own is
 the autopilot with outer momentum (fedavgm, 0.4). `synchronous` and `large_batch` average gradients at every step, at 32
 and 128 samples a rank. With `--tune` each method first tries the same three rates at one seed, and goes on with the one
 that was soonest at the accuracy; without, all have 0.05. A finished run is kept in results/policies/ and skipped the
-next time. Needs root and iproute2.
+next time. Runs that mostly wait for the network may go `--at-once`, so many side by side: accuracy and bytes are as
+ever, their seconds bounds from above, and the table says so. Needs root and iproute2.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ import statistics
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +33,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from benchmarks.provenance import provenance
-from benchmarks.shaped import Hosts, hosts, place_of, write_table
+from benchmarks.shaped import hosts, place_of, write_table
 from trainer.report.runs import load_run, time_to_accuracy
 
 RESULTS = Path("benchmarks/results/policies")
@@ -65,27 +68,45 @@ RECIPES = {
 METHODS = GRID | RECIPES
 
 
-def measure(shaped: Hosts, method: str, seed: int, rate: float, samples: int, out: Path) -> None:
-    """One run; its summary, evaluations and phases are kept, or that it diverged."""
-    kept: dict[str, Any] = {"method": method, "seed": seed, "lr": rate, "samples": samples}
-    with tempfile.TemporaryDirectory() as root:
-        flags = ["--run.seed", str(seed), "--run.samples", str(samples), "--run.root", root, "--run.name", "run"]
-        flags += ["--optim.lr", str(rate), "--eval.every-samples", str(samples // 12), "--world.backend", "gloo"]
-        flags += ["--record.reference-s", "0", "--record.no-tensorboard", "--record.no-progress"]
-        try:
-            shaped.run("trainer", *METHODS[method], *flags, timeout_s=3_600)
-        except RuntimeError as error:
-            if "no finite loss" not in str(error):
-                raise
-            kept["diverged"] = True
-        else:
-            run = load_run(Path(root) / "run")
-            reached = time_to_accuracy(run.evals, GOAL)
-            kept["seconds_to_goal"] = None if reached is None else reached.seconds
-            kept["evals"] = [[each.elapsed_s, each.samples, each.accuracy] for each in run.evals]
-            kept["phases"] = [[each.begin_samples, each.name, dict(each.plan)] for each in run.phases]
-            kept["summary"] = dict(run.figures)
-    out.write_text(json.dumps(kept | {"provenance": provenance()}, indent=1) + "\n")
+@dataclass(frozen=True)
+class Job:
+    """One run: a method at a rate, and where its result is kept."""
+
+    link: str
+    hosts: int
+    method: str
+    seed: int
+    lr: float
+    samples: int
+    at_once: int
+    out: Path
+
+    def measure(self) -> None:
+        """Its summary, evaluations and phases are kept, or that it diverged."""
+        kept: dict[str, Any] = {"method": self.method, "seed": self.seed, "lr": self.lr, "samples": self.samples}
+        kept["at_once"] = self.at_once
+        with tempfile.TemporaryDirectory() as root, hosts(self.hosts, self.link) as shaped:
+            flags = ["--run.seed", str(self.seed), "--run.samples", str(self.samples)]
+            flags += ["--run.root", root, "--run.name", "run"]
+            flags += ["--optim.lr", str(self.lr), "--eval.every-samples", str(self.samples // 12)]
+            flags += ["--world.backend", "gloo"]
+            flags += ["--record.reference-s", "0", "--record.no-tensorboard", "--record.no-progress"]
+            try:
+                shaped.run("trainer", *METHODS[self.method], *flags, timeout_s=3_600)
+            except RuntimeError as error:
+                if "no finite loss" not in str(error):
+                    raise
+                kept["diverged"] = True
+            else:
+                run = load_run(Path(root) / "run")
+                reached = time_to_accuracy(run.evals, GOAL)
+                kept["seconds_to_goal"] = None if reached is None else reached.seconds
+                kept["evals"] = [[each.elapsed_s, each.samples, each.accuracy] for each in run.evals]
+                kept["phases"] = [[each.begin_samples, each.name, dict(each.plan)] for each in run.phases]
+                kept["summary"] = dict(run.figures)
+        self.out.write_text(json.dumps(kept | {"provenance": provenance()}, indent=1) + "\n")
+        ended = "diverged" if "diverged" in kept else kept["summary"]["test_accuracy"]
+        print(self.method, self.seed, self.lr, kept.get("seconds_to_goal"), ended, flush=True)
 
 
 def soonest(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -107,6 +128,7 @@ def rows(found: list[dict[str, Any]]) -> list[list[str]]:
         spread = f" ± {statistics.stdev(accuracy):.4f}" if len(accuracy) > 1 else ""
         middle = statistics.median(seconds)
         never = f" ({sum(map(math.isinf, seconds))} never)" if math.inf in seconds else ""
+        beside = max(run.get("at_once", 1) for run in runs)
         mean = {name: statistics.mean(run["summary"][name] for run in runs) for name in ("wire_bytes", "samples_per_s")}
         lines.append(
             (
@@ -119,7 +141,9 @@ def rows(found: list[dict[str, Any]]) -> list[list[str]]:
                     f"{mean['samples_per_s']:,.0f}",
                     f"{mean['wire_bytes'] / 1e6:.0f}",
                     f"{runs[0]['lr']:g}",
-                    f"{len(runs)}, {lost[method]} more diverged" if method in lost else str(len(runs)),
+                    str(len(runs))
+                    + (f", {lost[method]} more diverged" if method in lost else "")
+                    + (f", {beside} at once" if beside > 1 else ""),
                 ],
             )
         )
@@ -166,6 +190,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=["grid", *RECIPES], choices=["grid", *METHODS])
     parser.add_argument("--tune", action="store_true", help="try three rates for each method first")
     parser.add_argument("--series", help="of another machine or day, whose results lie apart under this name")
+    parser.add_argument("--at-once", type=int, default=1, help="runs side by side, whose seconds are bounds from above")
     parser.add_argument(
         "--quick", action="store_true", help="a few methods, one seed, a third of the samples; no trace"
     )
@@ -176,18 +201,18 @@ def main() -> None:
     methods = ["b32_H4", "b32_H16", "b64_H16", "qsr", "noise_scale", "selsync", "autopilot"] if args.quick else []
     methods = methods or [each for name in args.methods for each in (GRID if name == "grid" else [name])]
     samples = SAMPLES // 3 if args.quick else SAMPLES
-    asked: list[tuple[str, str, int, float | None]]
-    asked = [("tune-", method, TUNING_SEED, rate) for method in methods for rate in TRIALS if args.tune]
-    asked += [("", method, seed, None) for seed in range(1 if args.quick else args.seeds) for method in methods]
-    for role, method, seed, trial in asked:
-        rate = trial or rate_of(folder, method)
-        out = folder / f"{role}{method}-{seed}{f'-{rate:g}' if role else ''}.json"
-        if not out.exists():
-            with hosts(args.hosts, args.rate) as shaped:
-                measure(shaped, method, seed, rate, samples, out)
-            told = json.loads(out.read_text())
-            ended = "diverged" if told.get("diverged") else told["summary"]["test_accuracy"]
-            print(method, seed, rate, told.get("seconds_to_goal"), ended, flush=True)
+    tuning = [(method, TUNING_SEED, rate) for method in methods for rate in TRIALS if args.tune]
+    seeds = range(1 if args.quick else args.seeds)
+    finals: list[tuple[str, int, float | None]] = [(method, seed, None) for seed in seeds for method in methods]
+    for asked in (tuning, finals):
+        jobs = []
+        for method, seed, trial in asked:
+            lr = trial or rate_of(folder, method)
+            out = folder / (f"tune-{method}-{seed}-{lr:g}.json" if trial else f"{method}-{seed}.json")
+            if not out.exists():
+                jobs.append(Job(args.rate, args.hosts, method, seed, lr, samples, args.at_once, out))
+        with ThreadPoolExecutor(args.at_once) as pool:
+            list(pool.map(Job.measure, jobs))  # the first error is raised, and what has not begun is not
     found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json")) if "tune-" not in path.name]
     head = [
         "method",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 SCRIPT = Path(__file__).parent.parent / "launch" / "lab" / "hosts.sh"
 PORT = 29500
 GRACE_S = 10.0
+sets_of_hosts = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,8 @@ def hosts(count: int, rate: str, mtu: int = 9000) -> Iterator[Hosts]:
     Frames of 9,000 bytes stand in for the segmentation that a network card does and these links do not: with 1,500 the
     kernel's work for each packet, not the rate, decides.
     """
-    env = os.environ | {"HOSTS_PREFIX": f"ebbtide{os.getpid()}", "LAB_OWNER": str(os.getpid()), "HOSTS_MTU": str(mtu)}
+    prefix = f"ebbtide{os.getpid()}n{next(sets_of_hosts)}"
+    env = os.environ | {"HOSTS_PREFIX": prefix, "LAB_OWNER": str(os.getpid()), "HOSTS_MTU": str(mtu)}
     subprocess.run([str(SCRIPT), "up", str(count), *([rate] if rate else [])], check=True, env=env)
     try:
         yield Hosts(count, env)
