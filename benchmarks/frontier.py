@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.provenance import provenance
 from benchmarks.shaped import Hosts, hosts, place_of
-from trainer.recipes import load
+from trainer.config.recipes import load
 
 RECIPES = ("synchronous", "large_batch", "local_sgd", "alternating", "autopilot")
 SMALL_BATCH = 32

@@ -29,17 +29,17 @@ import torch
 from torch import nn
 
 from benchmarks.provenance import provenance
-from trainer.config import DataConfig, OptimConfig, StepConfig, WorldConfig
+from trainer.config.config import DataConfig, OptimConfig, StepConfig, WorldConfig
+from trainer.config.sync import SyncConfig
 from trainer.data import ShardStream, open_part, shard_of
+from trainer.distributed.world import World, open_world
+from trainer.loop.optimizer import build_optimizer, learning_rate, set_learning_rate
+from trainer.loop.step import LocalStep
 from trainer.memory import keep_freed_memory, peak_memory_bytes
-from trainer.optim import build_optimizer, learning_rate, set_learning_rate
 from trainer.plan import Plan
 from trainer.policies import Constant
-from trainer.settings import SyncConfig
-from trainer.step import LocalStep
-from trainer.sync import LocalSGD
+from trainer.sync.local_sgd import LocalSGD
 from trainer.tasks import FedAvgCNN, parameter_count
-from trainer.world import World, open_world
 
 OPTIM = OptimConfig()
 

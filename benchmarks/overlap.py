@@ -25,9 +25,9 @@ from benchmarks.provenance import provenance
 from benchmarks.shaped import hosts, write_table
 from benchmarks.work import BATCH, PERIOD, Work
 from trainer import Constant, LocalSGD, Plan, SyncConfig
-from trainer.collectives import Collectives
-from trainer.config import WorldConfig
-from trainer.world import World, open_world
+from trainer.config.config import WorldConfig
+from trainer.distributed.collectives import Collectives
+from trainer.distributed.world import World, open_world
 
 RESULTS = Path("benchmarks/results/overlap")
 HALVES: dict[str, Any] = {"wire_format": "int8", "delay_steps": "auto", "fragments": 2}

@@ -34,7 +34,8 @@ from matplotlib.figure import Figure
 
 from benchmarks.provenance import provenance
 from benchmarks.shaped import hosts, place_of, write_table
-from trainer.report.runs import load_run, time_to_accuracy
+from trainer.records.reader import load_run
+from trainer.report.speedups import time_to_accuracy
 
 RESULTS = Path("benchmarks/results/policies")
 SAMPLES, GOAL, RATE, TRIALS = 118_784, 0.90, 0.05, (0.025, 0.05, 0.1)

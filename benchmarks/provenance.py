@@ -8,7 +8,7 @@ import time
 
 import torch
 
-from trainer.world import versions
+from trainer.distributed.world import versions
 
 
 def provenance() -> dict[str, str | int]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from trainer import recipes
+from trainer.config import recipes
 from trainer.data import Transform, open_part
 from trainer.tasks import build_model, loss_function
 

@@ -26,12 +26,13 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks.provenance import provenance
-from trainer.controller import Controller
-from trainer.gradients import SKETCH, GradientNotes
+from trainer.control.controller import Controller
+from trainer.control.reports import SKETCH
+from trainer.control.signals import Signals
 from trainer.plan import Observation, Plan
 from trainer.policies import Autopilot
 from trainer.policies.goodput import DRIFT_POWER
-from trainer.signals import Signals
+from trainer.sync.gradient_notes import GradientNotes
 from trainer.tasks import FedAvgCNN
 
 RESULT = Path("benchmarks/results/signal_cost.json")

@@ -20,11 +20,12 @@ import torch
 
 from benchmarks.provenance import provenance
 from benchmarks.shaped import bits_per_s, hosts, interface_bytes, write_table
-from trainer.collectives import Collectives
-from trainer.config import WorldConfig
-from trainer.exchange import OWED, make_exchange
-from trainer.settings import SyncConfig
-from trainer.world import open_world
+from trainer.config.config import WorldConfig
+from trainer.config.sync import SyncConfig
+from trainer.distributed.collectives import Collectives
+from trainer.distributed.world import open_world
+from trainer.wire.choose import make_exchange
+from trainer.wire.exchange import OWED
 
 RESULTS = Path("benchmarks/results/sync_cost")
 FORMATS = ("float32", "bf16", "int8", "int4")

@@ -22,18 +22,18 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from benchmarks.provenance import provenance
-from trainer.__main__ import guarded
-from trainer.config import DataConfig, OptimConfig, StepConfig, TaskConfig, WorldConfig
+from trainer.cli import guarded
+from trainer.config.config import DataConfig, OptimConfig, StepConfig, TaskConfig, WorldConfig
+from trainer.config.sync import SyncConfig
 from trainer.data import DataPart, ShardStream
+from trainer.distributed.world import World, open_world
 from trainer.errors import require_at_least, require_choices
-from trainer.optim import build_optimizer, may_fuse
+from trainer.loop.optimizer import build_optimizer, may_fuse
+from trainer.loop.step import LocalStep
 from trainer.plan import Plan
 from trainer.policies import Constant
-from trainer.settings import SyncConfig
-from trainer.step import LocalStep
-from trainer.sync import LocalSGD
+from trainer.sync.local_sgd import LocalSGD
 from trainer.tasks import build_model, check_model
-from trainer.world import World, open_world
 
 WARM_UP_ROUNDS = 1
 

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from trainer.collectives import Collectives
-from trainer.config import Config, OptimConfig, RunConfig, StepConfig
+from trainer.config.config import Config, OptimConfig, RunConfig, StepConfig
 from trainer.data import ShardStream, Transform, open_part, shard_of, split_evenly
-from trainer.optim import build_optimizer, learning_rate, set_learning_rate
-from trainer.step import LocalStep
+from trainer.distributed.collectives import Collectives
+from trainer.distributed.world import World
+from trainer.loop.optimizer import build_optimizer, learning_rate, set_learning_rate
+from trainer.loop.step import LocalStep
 from trainer.tasks import build_model, loss_function
-from trainer.world import World
 
 BATCH, PERIOD, SAMPLES, LR = 32, 16, 118_784, 0.05
 

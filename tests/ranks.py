@@ -98,8 +98,8 @@ def _rank(
     os.environ.update({name: str(value) for name, value in place.items()})
     import torch
 
-    from trainer.config import WorldConfig
-    from trainer.world import open_world
+    from trainer.config.config import WorldConfig
+    from trainer.distributed.world import open_world
 
     torch.set_num_threads(1)
     torch.manual_seed(int(place["RANK"]))

@@ -17,10 +17,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from trainer import Alternating, Constant, LocalSGD, Plan, SyncConfig
-from trainer.collectives import Collectives
-from trainer.outer import Outer
-from trainer.replica import Replica
-from trainer.world import World
+from trainer.distributed.collectives import Collectives
+from trainer.distributed.world import World
+from trainer.sync.outer_optimizer import Outer
+from trainer.sync.replica import Replica
 
 FEATURES, CLASSES, LR = 6, 3, 0.1
 Values = torch.Tensor

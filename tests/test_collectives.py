@@ -6,9 +6,9 @@ import pytest
 import torch
 from ranks import run
 
-from trainer.clock import Clock
-from trainer.collectives import Collectives
-from trainer.world import World
+from trainer.distributed.clock import Clock
+from trainer.distributed.collectives import Collectives
+from trainer.distributed.world import World
 
 SHAPES = [(7,), (3, 5), (1,), (2, 3, 2), (11,), ()]
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from trainer import recipes
 from trainer.__main__ import main
-from trainer.config import Config, OptimConfig, check_ranks, digest
+from trainer.config import recipes
+from trainer.config.config import Config, OptimConfig, check_ranks, digest
 from trainer.errors import ConfigError
 from trainer.plan import Plan
 from trainer.policies import Alternating, Constant, PostLocal

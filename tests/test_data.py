@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import Dataset, TensorDataset
 
-from trainer.config import DataConfig
+from trainer.config.config import DataConfig
 from trainer.data import DataPart, ShardStream, Transform, open_part, shard_of, split_evenly
 from trainer.data.sets import fake
+from trainer.distributed.world import World
 from trainer.errors import ConfigError
-from trainer.world import World
 
 
 class Numbers(Dataset[Any]):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from trainer.errors import ConfigError
-from trainer.flat import FlatTensors
+from trainer.wire.flat import FlatTensors
 
 
 class Odd(nn.Module):

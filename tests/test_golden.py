@@ -20,11 +20,11 @@ from ranks import run
 from small_run import records
 from test_train import small_model  # noqa: F401  # named by the recipes below
 
-from trainer import recipes
-from trainer.config import Config
-from trainer.run import Job
+from trainer.config import recipes
+from trainer.config.config import Config
+from trainer.distributed.world import World
+from trainer.loop.job import Job
 from trainer.train import train_in
-from trainer.world import World
 
 GOLDEN = Path(__file__).parent / "golden"
 TIMED = ("elapsed_s", "compute_s", "sync_wait_s", "input_wait_s", "eval_s", "checkpoint_s", "transfer_s")

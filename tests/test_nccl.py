@@ -15,8 +15,9 @@ from test_averaging import CLASSES, FEATURES, LR, trained
 from test_train import SETTINGS, in_process, lines, settings, weights
 from torch import nn
 
-from trainer import Alternating, Constant, LocalSGD, Plan, SyncConfig, recipes
-from trainer.world import World
+from trainer import Alternating, Constant, LocalSGD, Plan, SyncConfig
+from trainer.config import recipes
+from trainer.distributed.world import World
 
 RANKS = 2
 

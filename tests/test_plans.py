@@ -12,8 +12,8 @@ from ranks import run
 from test_averaging import by_hand, new_model, one_step, train, trained
 
 from trainer import Constant, Decision, LocalSGD, Observation, Plan, Policy, SyncConfig
+from trainer.distributed.world import World
 from trainer.plan import Memory
-from trainer.world import World
 
 SELECTIVE = Plan(8, 50, early_end="gradient_change", early_end_above=0.3)
 

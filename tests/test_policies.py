@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.controller import Controller
+from trainer.control.controller import Controller
 from trainer.errors import ConfigError
 from trainer.plan import Decision, Memory, Observation, Plan
 from trainer.policies import POLICIES, Alternating, Constant, Policy, PostLocal

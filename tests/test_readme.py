@@ -12,10 +12,10 @@ from ranks import run
 from torch import nn
 
 from trainer import PostLocal, SyncConfig
-from trainer.controller import Controller
+from trainer.control.controller import Controller
+from trainer.distributed.world import World
 from trainer.plan import Observation
 from trainer.policies import POLICIES, policy_class
-from trainer.world import World
 
 README = Path(__file__).parent.parent / "README.md"
 

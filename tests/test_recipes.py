@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from ranks import run
 
-from trainer import recipes
-from trainer.world import World
+from trainer.config import recipes
+from trainer.distributed.world import World
 
 ROOT = Path(__file__).parent.parent
 SMALLER = (
@@ -21,7 +21,7 @@ SMALLER = (
 
 
 def by_recipe(world: World, recipe: str, root: str) -> None:
-    from trainer.run import Job
+    from trainer.loop.job import Job
     from trainer.train import train_in
 
     flags = ["--recipe", recipe, "--run.root", root, "--data.root", str(ROOT / "data"), *SMALLER.split()]

@@ -17,14 +17,14 @@ from ranks import run
 from small_run import RECIPE, records
 from torch import nn
 
-from trainer import recipes
-from trainer.config import Config
+from trainer.config import recipes
+from trainer.config.config import Config
+from trainer.distributed.world import World
 from trainer.errors import ConfigError
 from trainer.plan import Decision, Memory, Observation, Plan, observed, plain
 from trainer.policies import QSR, Alternating, Constant, Policy, PostLocal
 from trainer.replay import replay
 from trainer.replay.__main__ import main
-from trainer.world import World
 
 FIRST = {"plan": {"batch_per_rank": 16, "sync_period_steps": 8}, "max_batch_per_rank": 64}
 TWO = {name: {"batch_per_rank": 64, "sync_period_steps": 1} for name in ("large",)}
@@ -61,7 +61,7 @@ def settings(root: Path, name: str, resume: str | None = None) -> Config:
 
 
 def train_all(world: World, configs: Sequence[Config]) -> None:
-    from trainer.run import Job
+    from trainer.loop.job import Job
     from trainer.train import train_in
 
     for config in configs:

@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 
 from trainer.errors import ConfigError
+from trainer.records.reader import Eval
 from trainer.report import load_run, write_report
 from trainer.report.__main__ import main, table
 from trainer.report.page import html
-from trainer.report.runs import Crossing, Eval, speedups, time_to_accuracy, with_distinct_labels
+from trainer.report.speedups import Crossing, speedups, time_to_accuracy, with_distinct_labels
 
 SLOW = ((10.0, 0.5), (20.0, 0.7), (40.0, 0.9))
 FAST = ((5.0, 0.5), (10.0, 0.7), (15.0, 0.6), (25.0, 0.9))

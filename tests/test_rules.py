@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from trainer.controller import Controller, scaling
+from trainer.control.controller import Controller, scaling
 from trainer.errors import ConfigError
 from trainer.plan import Observation, Plan
 from trainer.policies import (
@@ -32,8 +32,9 @@ from trainer.policies import (
     SelSync,
 )
 from trainer.policies.autopilot import _ranked
-from trainer.policies.goodput import Costs, fitted, worth
-from trainer.rate import ScaledRate
+from trainer.policies.goodput import Costs, fitted
+from trainer.policies.worth import worth
+from trainer.sync.scaled_rate import ScaledRate
 
 
 def follow(policy: Policy, **figures: list[float]) -> list[Plan]:

@@ -12,9 +12,10 @@ from ranks import run
 from torch import nn
 
 from trainer import Constant, LocalSGD, Plan, SyncConfig
-from trainer.gradients import SKETCH, GradientNotes
-from trainer.signals import Signals, Smoothed, noise, slope
-from trainer.world import World
+from trainer.control.reports import SKETCH
+from trainer.control.signals import Signals, Smoothed, noise, slope
+from trainer.distributed.world import World
+from trainer.sync.gradient_notes import GradientNotes
 
 DIMENSION, DEVIATION, DISTANCE, BATCH = 4_000, 0.5, 2.0, 16
 TRUE_VARIANCE = DIMENSION * DEVIATION**2

@@ -14,10 +14,10 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from trainer import Alternating, Constant, LocalSGD, Plan, PostLocal, SyncConfig
-from trainer.config import OptimConfig, StepConfig
+from trainer.config.config import OptimConfig, StepConfig
+from trainer.distributed.world import World
 from trainer.errors import ConfigError
-from trainer.step import LocalStep
-from trainer.world import World
+from trainer.loop.step import LocalStep
 
 FEATURES, CLASSES = 6, 3
 

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from trainer import Constant, LocalSGD, Plan
-from trainer.config import OptimConfig, StepConfig, TaskConfig
+from trainer.config.config import OptimConfig, StepConfig, TaskConfig
 from trainer.errors import ConfigError
-from trainer.optim import build_optimizer, learning_rate, may_fuse
-from trainer.step import LocalStep
+from trainer.loop.optimizer import build_optimizer, learning_rate, may_fuse
+from trainer.loop.step import LocalStep
 from trainer.tasks import build_model, loss_function, parameter_count
 
 

@@ -19,13 +19,14 @@ import torch
 from ranks import RankError, free_port, run
 from torch import nn
 
-from trainer import Constant, Plan, PostLocal, recipes
-from trainer.checkpoint import Checkpoints
-from trainer.config import Config, WorldConfig
+from trainer import Constant, Plan, PostLocal
+from trainer.config import recipes
+from trainer.config.config import Config, WorldConfig
 from trainer.data.sets import fake
+from trainer.distributed.world import World, compare_ranks
 from trainer.errors import MismatchError
-from trainer.step import LocalStep
-from trainer.world import World, compare_ranks
+from trainer.loop.checkpoint import Checkpoints
+from trainer.loop.step import LocalStep
 
 SETTINGS = {
     "run": {"samples": 1600},
@@ -124,7 +125,7 @@ def weights(folder: Path) -> torch.Tensor:
 
 
 def in_process(world: World, config: Config) -> None:
-    from trainer.run import Job
+    from trainer.loop.job import Job
     from trainer.train import train_in
 
     train_in(world, Job.open(config))
@@ -333,10 +334,10 @@ def test_an_old_run_of_the_same_name_is_moved_aside(tmp_path: Path) -> None:
 
 
 def counted(world: World, test_size: int) -> Any:
-    from trainer.clock import Clock
-    from trainer.collectives import Collectives
-    from trainer.config import DataConfig, OptimConfig, StepConfig
+    from trainer.config.config import DataConfig, OptimConfig, StepConfig
     from trainer.data import Transform, split_evenly
+    from trainer.distributed.clock import Clock
+    from trainer.distributed.collectives import Collectives
 
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
@@ -466,8 +467,8 @@ def test_a_collective_that_nobody_joins_times_out_and_says_so() -> None:
 def lonely(world: World) -> None:
     from datetime import timedelta
 
-    from trainer.clock import Clock
-    from trainer.collectives import Collectives
+    from trainer.distributed.clock import Clock
+    from trainer.distributed.collectives import Collectives
 
     torch.distributed.barrier()  # that a rank which starts late does not use up the other's time
     torch.distributed.destroy_process_group()

@@ -8,11 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import run
 
-from trainer.clock import Clock
-from trainer.collectives import Collectives
-from trainer.exchange import OWED, make_exchange, pipeline
-from trainer.wire import BLOCK, FORMATS, Blocks
-from trainer.world import World
+from trainer.distributed.clock import Clock
+from trainer.distributed.collectives import Collectives
+from trainer.distributed.world import World
+from trainer.wire.choose import make_exchange
+from trainer.wire.encoded import pipeline
+from trainer.wire.exchange import OWED
+from trainer.wire.formats import BLOCK, FORMATS, Blocks
 
 RATIOS = {"bf16": 0.51, "int8": 0.27, "int4": 0.15}
 

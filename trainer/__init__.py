@@ -8,10 +8,11 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from trainer.version import __version__
 
 if TYPE_CHECKING:
-    from trainer.config import Config
+    from trainer.config.config import Config
+    from trainer.config.sync import SyncConfig
     from trainer.plan import Decision, Observation, Plan
     from trainer.policies import (
         FDA,
@@ -31,8 +32,7 @@ if TYPE_CHECKING:
         SelSync,
         register,
     )
-    from trainer.settings import SyncConfig
-    from trainer.sync import LocalSGD
+    from trainer.sync.local_sgd import LocalSGD
     from trainer.train import train
 
 _HOMES = {
@@ -41,12 +41,12 @@ _HOMES = {
     "Autopilot": "policies",
     "BatchGrowth": "policies",
     "Compose": "policies",
-    "Config": "config",
+    "Config": "config.config",
     "Constant": "policies",
     "Cycle": "policies",
     "Decision": "plan",
     "FDA": "policies",
-    "LocalSGD": "sync",
+    "LocalSGD": "sync.local_sgd",
     "NoiseScale": "policies",
     "NormTest": "policies",
     "Observation": "plan",
@@ -57,7 +57,7 @@ _HOMES = {
     "register": "policies",
     "SelSync": "policies",
     "SWAP": "policies",
-    "SyncConfig": "settings",
+    "SyncConfig": "config.sync",
     "train": "train",
 }
 

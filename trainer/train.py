@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from trainer.config import Config, digest
+from trainer.config.config import Config, digest
 from trainer.data import ShardStream
-from trainer.optim import build_optimizer, may_fuse, set_learning_rate
-from trainer.reference import measure_alone
-from trainer.run import Job, Run, Summary
-from trainer.sync import LocalSGD
-from trainer.world import World, compare_ranks, open_world
+from trainer.distributed.world import World, compare_ranks, open_world
+from trainer.loop.job import Job
+from trainer.loop.optimizer import build_optimizer, may_fuse, set_learning_rate
+from trainer.loop.reference import measure_alone
+from trainer.loop.run import Run, Summary
+from trainer.sync.local_sgd import LocalSGD
 
 
 def train(config: Config) -> Summary | None:

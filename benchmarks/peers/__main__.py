@@ -30,9 +30,9 @@ from benchmarks.peers.methods import METHODS
 from benchmarks.provenance import provenance
 from benchmarks.shaped import hosts, interface_bytes, place_of, write_table
 from benchmarks.work import BATCH, LR, PERIOD, SAMPLES, Work
-from trainer.collectives import Collectives
-from trainer.config import WorldConfig
-from trainer.world import open_world
+from trainer.config.config import WorldConfig
+from trainer.distributed.collectives import Collectives
+from trainer.distributed.world import open_world
 
 RESULTS = Path("benchmarks/results/peers")
 DEFAULT = ["alone", "ebbtide_int4_outer_4", "ebbtide_int4", "ebbtide", "ebbtide_int4_period_4"]

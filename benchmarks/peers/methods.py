@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from benchmarks.work import PERIOD
 from trainer import Constant, LocalSGD, Plan, Policy, PostLocal, SyncConfig
-from trainer.world import World
+from trainer.distributed.world import World
 
 LIGHTHOUSE_PORT = 29510
 Count = Callable[[torch.Tensor], object]

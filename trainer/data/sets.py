@@ -14,7 +14,7 @@ import torchvision.datasets
 from torch.utils.data import Subset, TensorDataset
 from torchvision.transforms import v2
 
-from trainer.config import DataConfig
+from trainer.config.config import DataConfig
 from trainer.errors import ConfigError, import_object
 
 IMAGENET_STATS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

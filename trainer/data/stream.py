@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from trainer.config import DataConfig
+from trainer.config.config import DataConfig
 from trainer.data.partition import Indices, shard_of
 from trainer.data.sets import DataPart
 from trainer.data.transform import Transform
-from trainer.world import World
+from trainer.distributed.world import World
 
 Batch = tuple[Any, Any]
 CHUNK = 16  # samples that a reading process hands over at once; batches are put together from them

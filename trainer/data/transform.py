@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from trainer.config import DataConfig
+from trainer.config.config import DataConfig
 from trainer.data.sets import DataPart
 
 

@@ -12,7 +12,8 @@ from typing import Any, Literal
 from trainer.errors import require, require_at_least
 from trainer.plan import Decision, Memory, Observation, Plan, WireFormat
 from trainer.policies.base import LrScaling, Policy, held, register
-from trainer.policies.goodput import Costs, Worth, drift_of, worth
+from trainer.policies.goodput import Costs
+from trainer.policies.worth import Worth, drift_of, worth
 
 FORMATS: tuple[WireFormat, ...] = ("float32", "int8", "int4")
 FRAGMENTS = 1, 2, 3, 4

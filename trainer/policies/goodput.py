@@ -21,9 +21,6 @@ GRADIENTS = "gradients"  # averaged at period 1, beside the formats that paramet
 BYTES_OF_FLOAT32 = {GRADIENTS: 1.0, "float32": 1.0, "bf16": 0.5, "int8": 0.266, "int4": 0.141}
 HIDING_SHARE = 0.5
 """Of a local step: the backward pass's, beside which gradients are averaged."""
-WORTH = {"float32": 1.0, "bf16": 1.0, "int8": 0.998, "int4": 0.99}
-"""Of a sample by wire format, by judgement: int4 behind short periods ended 0.1 points below exact gradients
-(benchmarks/README.md)."""
 FRAGMENT_COST = 0.25
 """What each further fragment of an average takes, of cores and of time, over what the whole average does: of 1.7
 million parameters quarters took 1.9 times as long as the whole, all in all, and thirds 1.6 times."""
@@ -275,76 +272,3 @@ def _with(means: Mapping[str, float], name: str, value: float, share: float = 1 
     """Running means with one more value, of which they take this share."""
     before = means.get(name, value)
     return {**means, name: before + share * (value - before)}
-
-
-@dataclass(frozen=True)
-class Worth:
-    """A candidate Plan and what is expected of it."""
-
-    plan: Plan
-    samples_per_s: float
-    """Over all ranks."""
-    efficiency: float
-    """How much a sample teaches, of what it would at the smallest batch without drift: 0 to 1."""
-    bytes_per_sample: float
-    """Of float32 values: averages a sample, times the format's share."""
-    drift: float
-    """As `drift_of` tells it."""
-
-    @property
-    def goodput(self) -> float:
-        """Samples a second that teach as the smallest batch's do."""
-        return self.samples_per_s * self.efficiency
-
-    def told(self) -> dict[str, Any]:
-        """For a decision's record."""
-        plan, numbers = self.plan, (self.samples_per_s, self.efficiency, self.goodput)
-        rate, efficiency, goodput = (float(f"{number:.5g}") for number in numbers)
-        return {
-            "batch": plan.batch_per_rank,
-            "period": plan.sync_period_steps,
-            "delay": plan.delay_steps,
-            "wire": plan.wire_format,
-            "fragments": plan.fragments or 1,
-            "samples_per_s": rate,
-            "efficiency": efficiency,
-            "goodput": goodput,
-        }
-
-
-def worth(plan: Plan, costs: Costs, ranks: int, base_batch: int, max_drift: float) -> Worth:
-    """What a Plan is worth by these costs.
-
-    Efficiency is (φ + B₀) / (φ + B) for the batch (Pollux, after McCandlish et al. 2018) times
-    1 / (1 + d / max_drift) for a mean drift d, times the format's worth.
-    """
-    batch, period, wire = plan.batch_per_rank, plan.sync_period_steps, plan.wire_format or "float32"
-    ranks, round_s = max(ranks, 1), costs.round(plan, ranks)
-    efficiency, drift = 1.0, drift_of(plan, costs, ranks)
-    if batch > base_batch:
-        noise = costs.noise_scale
-        efficiency = (noise + ranks * base_batch) / (noise + ranks * batch)
-    efficiency /= 1 + drift / max_drift
-    if period > 1:
-        efficiency *= WORTH[wire]
-    shares = BYTES_OF_FLOAT32["float32" if period == 1 else wire] / (period * batch * ranks)
-    return Worth(plan, ranks * batch * period / round_s if round_s > 0 else math.inf, efficiency, shares, drift)
-
-
-def drift_of(plan: Plan, costs: Costs, ranks: int) -> float:
-    """Divergence over the model's squared norm that a Plan leads to, mean over a round's steps, times (N - 1)^1.5 of N
-    ranks; 0 where none was seen.
-
-    A delay of D makes replicas D steps' worth apart when they take an average, and period + D steps' just before; of
-    fragments each has its own turn, and is as far apart as the whole model would be.
-
-    The more ranks the shorter periods have to be: by the bound of Yu, Yang and Zhu 2019 (arXiv 1807.06629) in
-    proportion to T^(1/4) N^(-3/4), where as many samples make T steps in proportion to 1 / N, and so to 1 / N. With
-    (N - 1)^1.5 they are in proportion to 1 / (N - 1), and two ranks are what the bound was found for.
-    """
-    period, delay = plan.sync_period_steps, delay_of(plan)
-    if period == 1 or not costs.drift > 0:
-        return 0.0
-    power = DRIFT_POWER + 1
-    mean = float((period + delay) ** power - delay**power) / (power * period)
-    return float(max(ranks - 1, 0) ** DRIFT_POWER * costs.drift * mean)

@@ -12,8 +12,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import NoReturn
 
-from trainer import recipes
-from trainer.__main__ import guarded
+from trainer.cli import guarded
+from trainer.config import recipes
 from trainer.errors import ConfigError
 from trainer.plan import Decision, Plan
 from trainer.policies import Policy, policy_name

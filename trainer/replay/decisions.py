@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from trainer import recipes
-from trainer.config import Config
-from trainer.controller import Controller
+from trainer.config import recipes
+from trainer.config.config import Config
+from trainer.control.controller import Controller
 from trainer.errors import ConfigError
 from trainer.plan import Decision, Observation, Plan
 from trainer.policies import Policy
-from trainer.report.runs import Line, read_lines
+from trainer.records.reader import Line, read_lines
 
 T = TypeVar("T")
 

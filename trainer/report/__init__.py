@@ -4,7 +4,7 @@ runs = [load_run("runs/a"), load_run("runs/b")]
 page = write_report(runs)
 """
 
+from trainer.records.reader import load_run
 from trainer.report.page import write_report
-from trainer.report.runs import load_run
 
 __all__ = ["load_run", "write_report"]

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from trainer.__main__ import guarded
+from trainer.cli import guarded
 from trainer.errors import ConfigError
+from trainer.records.reader import Run, load_run
 from trainer.report import text
 from trainer.report.page import write_report
-from trainer.report.runs import Run, load_run, speedups, with_distinct_labels
+from trainer.report.speedups import speedups, with_distinct_labels
 
 
 class _Parser(argparse.ArgumentParser):

@@ -14,9 +14,10 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
+from trainer.records.reader import Eval, Phase, Round, Run
 from trainer.report import text
 from trainer.report.drawing import COLORS, STYLE, Picture, blank, legend, look, name_points, short, title_axes
-from trainer.report.runs import Eval, Phase, Round, Run, speedups
+from trainer.report.speedups import speedups
 
 AXES: Mapping[str, tuple[str, Callable[[Eval], float]]] = {
     "seconds": ("training seconds", lambda each: each.elapsed_s),

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import ConfigError
+from trainer.records.reader import Run
 from trainer.report import figures, text
 from trainer.report.drawing import COLORS, Picture
-from trainer.report.runs import Run, Speedup, speedups, with_distinct_labels
+from trainer.report.speedups import Speedup, speedups, with_distinct_labels
 from trainer.report.style import CSS
 
 Form = Callable[[Any], str]

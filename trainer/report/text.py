@@ -6,7 +6,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from trainer.report.runs import Run, Speedup
+from trainer.records.reader import Run
+from trainer.report.speedups import Speedup
 
 NONE = "—"
 

@@ -1,0 +1,132 @@
+"""What ranks told one another about their rounds, and the controller's answer at the next round's end."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from trainer.control.controller import Controller, Phase
+from trainer.control.reports import Header
+from trainer.control.signals import Signals, reduce
+from trainer.plan import Decision, Observation
+
+
+@dataclass(frozen=True)
+class Round:
+    """What the ranks told one another about a round, and what came of it."""
+
+    seen: Observation
+    phase: Phase
+    """The phase that this round belonged to."""
+    next_phase: Phase | None
+    """The phase that begins now, where one does."""
+    skipped_in_a_row: int
+    """The most local steps that any rank had skipped one after another."""
+    decision: Decision
+    """What the policy answered."""
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A round that this rank has told the others of, without having heard of theirs."""
+
+    phase: Phase
+    samples: int
+    """Trained by this rank."""
+    planned: int
+    """The same by the Plan, which is one on all ranks."""
+
+
+@dataclass(frozen=True)
+class Told:
+    """A round that all ranks have told of; the controller has not yet heard."""
+
+    seen: Observation
+    phase: Phase
+    skipped_in_a_row: int
+    no_gradient: bool
+
+
+class Rounds:
+    """Carries rounds from the ranks to the controller, in order and the same on every rank."""
+
+    def __init__(self, controller: Controller) -> None:
+        self.controller = controller
+        self.stopping = False
+        """Some rank was asked to stop."""
+        self.no_gradient = False
+        """When a phase last began, some backward pass had left a parameter out."""
+        self.accuracy = math.nan
+        """The latest evaluation's."""
+        self.total_samples: int | None = None
+        """Of the run, over all ranks, where its end is known."""
+        self._signals = Signals()
+        self._agreed_samples = 0
+        self._sent: dict[int, Sent] = {}
+        self._told: list[Told] = []
+
+    def samples(self, here: int, ranks: int) -> int:
+        """Trained by all ranks, if all trained as much as this one since they last told; `here` is not yet sent."""
+        return self._agreed_samples + (sum(sent.samples for sent in self._sent.values()) + here) * ranks
+
+    def planned(self, here: int, ranks: int) -> int:
+        """The same if every rank trained as planned since they last told: one number on all ranks, by which a rate
+        may ramp up."""
+        return self._agreed_samples + (sum(sent.planned for sent in self._sent.values()) + here) * ranks
+
+    def send(self, header: Header) -> None:
+        """This rank's header of a round is on its way to the others."""
+        phase, steps = self.controller.phase, int(header["steps"])
+        self._sent[int(header["round"])] = Sent(phase, int(header["samples"]), steps * phase.plan.batch_per_rank)
+
+    def tell(self, headers: Sequence[Header], **known: Any) -> None:
+        """All ranks' headers of a round are there; keep what they come to until the controller is asked. `known` are
+        figures of the Observation that came by other ways."""
+        sent = self._sent.pop(int(headers[0]["round"]))
+        seen = reduce(headers, self._agreed_samples)
+        apart = any(header["grad_apart"] for header in headers)
+        known |= self._signals.take(headers, seen.samples, seen.train_loss, apart=apart)
+        progress = seen.samples / self.total_samples if self.total_samples else math.nan
+        seen = replace(seen, ran=sent.phase.plan, progress=progress, test_accuracy=self.accuracy, **known)
+        self._agreed_samples = seen.samples
+        self.stopping = self.stopping or any(header["stop"] for header in headers)
+        in_a_row = int(max(header["in_a_row"] for header in headers))
+        no_gradient = any(header["no_gradient"] for header in headers)
+        self._told.append(Told(seen, sent.phase, in_a_row, no_gradient))
+
+    def decide(self) -> list[Round]:
+        """Let the controller hear what was told, between two rounds; the rounds that it heard of."""
+        heard = []
+        for told in self._told:
+            changed = self.controller.observe(told.seen, self.planned(0, told.seen.ranks))
+            self.no_gradient |= changed and told.no_gradient
+            next_phase = self.controller.phase if changed else None
+            heard.append(Round(told.seen, told.phase, next_phase, told.skipped_in_a_row, self.controller.decision))
+        self._told.clear()
+        return heard
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {
+            "controller": self.controller.state_dict(),
+            "no_gradient": self.no_gradient,
+            "accuracy": self.accuracy,
+            "signals": self._signals.state_dict(),
+            "agreed_samples": self._agreed_samples,
+            "sent": {number: asdict(sent) for number, sent in self._sent.items()},
+            "told": [asdict(told) for told in self._told],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self.controller.load_state_dict(state["controller"])
+        self.no_gradient, self.accuracy = state["no_gradient"], state["accuracy"]
+        self._agreed_samples = state["agreed_samples"]
+        self._signals.load_state_dict(state["signals"])
+        self._sent = {n: Sent(**sent | {"phase": Phase.restored(sent["phase"])}) for n, sent in state["sent"].items()}
+        self._told = [
+            Told(**told | {"seen": Observation.restored(told["seen"]), "phase": Phase.restored(told["phase"])})
+            for told in state["told"]
+        ]

@@ -1,0 +1,86 @@
+"""What a configuration means on this rank, before the first step."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from trainer.config.config import Config, check_ranks
+from trainer.data import DataPart, open_part, shard_of
+from trainer.distributed.launcher import read_launch
+from trainer.distributed.world import World
+from trainer.loop.reference import recorded_reference
+from trainer.loop.step import LocalStep
+from trainer.sync.local_sgd import LocalSGD
+from trainer.tasks import build_model, loss_function
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a configuration means on this rank, checked before any process group exists."""
+
+    config: Config
+    folder: Path
+    shard: DataPart
+    test_part: DataPart
+    loss: nn.Module
+    model: nn.Module
+    alone: float | None
+
+    @classmethod
+    def open(cls, config: Config) -> Job:
+        """Open the data and build the model, so that what cannot be is refused here."""
+        launch = read_launch()
+        check_ranks(config, launch.size)
+        seed = config.run.seed
+        part = open_part(config.data, train=True, seed=seed)
+        test_part = open_part(config.data, train=False, seed=seed)
+        shard = part.subset(shard_of(config.data.partition, len(part), launch.size, launch.rank, seed))
+        first = torch.as_tensor(shard.items[0][0])
+        channels, size = (first.shape[0], first.shape[-1]) if first.dim() == 3 else (1, first.shape[-1])
+        torch.manual_seed(seed)
+        model = build_model(config.task, shard.classes, channels, size)
+        folder = Path(config.run.root) / config.run.name
+        loss = loss_function(config.task)
+        return cls(config, folder, shard, test_part, loss, model, recorded_reference(config))
+
+    def build(self, world: World) -> tuple[nn.Module, LocalStep]:
+        """The model on this rank's device, and the step that trains it."""
+        options = self.config.step
+        model = self.model.to(world.device)
+        if options.channels_last:
+            model = model.to(memory_format=torch.channels_last)
+        if options.compile:
+            model.compile()
+        torch.manual_seed(self.config.run.seed + 1 + world.rank)  # dropout differs between ranks
+        return model, LocalStep(options, self.config.optim, self.loss.to(world.device), world.device)
+
+
+@contextmanager
+def stop_signals(sync: LocalSGD) -> Iterator[None]:
+    """SIGTERM and SIGUSR1 (a scheduler's notice) end the run at the next observation, with a checkpoint."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    for number in kept:
+        signal.signal(number, lambda *_: sync.ask_to_stop())
+    try:
+        yield
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+
+
+def device_name(device: torch.device) -> str:
+    """The device in words, for the record."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)} a rank"

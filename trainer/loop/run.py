@@ -1,0 +1,230 @@
+"""One run on one rank: what its configuration means, and what happens beside the steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from trainer.config import recipes
+from trainer.control.rounds import Round
+from trainer.data import ShardStream, Transform, split_evenly
+from trainer.distributed.world import versions
+from trainer.errors import ConfigError
+from trainer.loop.checkpoint import Checkpoints
+from trainer.loop.job import Job, device_name, stop_signals
+from trainer.loop.optimizer import learning_rate
+from trainer.loop.step import LocalStep
+from trainer.memory import peak_memory_bytes
+from trainer.plan import observed, plain
+from trainer.policies import policy_name
+from trainer.records.writer import Records, open_records, prepare_folder
+from trainer.sync.local_sgd import LocalSGD
+
+Summary = dict[str, Any]
+TIMES = ("elapsed_s", "compute_s", "sync_wait_s", "input_wait_s", "eval_s", "checkpoint_s")
+
+
+class Run:
+    """What happens beside the steps: records, evaluations, checkpoints, all off the training clock."""
+
+    def __init__(self, job: Job, sync: LocalSGD, step: LocalStep, stream: ShardStream, alone: float | None) -> None:
+        self._job, self._sync, self._step, self._stream = job, sync, step, stream
+        self._config = job.config
+        self._checkpoints = Checkpoints(job.folder / "checkpoints", job.config.checkpoint.keep, sync.world)
+        self._records = Records()
+        self._close = ExitStack()
+        self._alone = alone
+        self._best = 0.0
+        self._last: dict[str, float] = {}
+        self._skipped = 0
+        self._saved = -1
+        self._next_eval = job.config.eval.every_samples
+        self._next_save = job.config.checkpoint.every_samples
+
+    def __enter__(self) -> Run:
+        """Start afresh, or go on from the checkpoint that is asked for; off the training clock."""
+        sync, folder = self._sync, self._job.folder
+        with sync.clock.off("other"):
+            newest = self._checkpoints.find(self._config.run.resume)
+            state = self._checkpoints.load(newest, sync.replica.model, sync.optimizer) if newest else {}
+            name = policy_name(self._config.policy)
+            if state.get("policy", name) != name:
+                raise ConfigError(f"policy.name = {name!r}: the checkpoint is of {state['policy']!r}; give a run.name")
+            if sync.world.rank == 0:
+                prepare_folder(folder, resuming=bool(state), metrics_bytes=state.get("metrics_bytes", 0))
+                recipes.save(self._config, folder / "config.toml")
+            self._records = self._close.enter_context(open_records(folder, self._config, rank=sync.world.rank))
+            self._close.enter_context(stop_signals(sync))
+            if state:
+                self._restore(state)
+            else:
+                self._records.phase(sync.controller.phase)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._close.close()
+        self._stream.close()
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self._sync.load_state_dict(state["sync"])
+        self._stream.seek(state["consumed"])
+        self._step.scaler.load_state_dict(state["scaler"])
+        self._best, self._skipped, self._alone = state["best"], state["skipped"], state["alone"]
+        self._last, self._saved = state["last"], self._sync.local_step
+        self._next_eval, self._next_save = state["next_eval"], state["next_save"]
+        self._records.event("resumed", local_step=self._sync.local_step, samples=self._sync.samples)
+
+    def rate(self) -> float:
+        """The scheduled learning rate of the next step, before the plan's scale."""
+        return learning_rate(self._config.optim, self._sync.samples, self._config.run.samples)
+
+    def record(self, rounds: Iterable[Round]) -> None:
+        """Write down rounds that ended."""
+        for ended in rounds:
+            self._record(ended)
+
+    def _record(self, ended: Round) -> None:
+        """Write down one round, and the phase that begins after it."""
+        seen, times = ended.seen, self._sync.clock.read()
+        self._skipped += seen.skipped_steps
+        figures = {
+            "round": seen.round,
+            "phase": ended.phase.number,
+            "local_step": seen.local_step,
+            "samples": seen.samples,
+            "plan": plain(ended.phase.plan),
+            "lr": self._sync.optimizer.param_groups[0]["lr"] * self._sync.lr_scale,
+            "train_loss": seen.train_loss,
+            **{name: times[name] for name in TIMES},
+            "wire_bytes": round(self._sync.collectives.sent_bytes),
+            "transfer_s": _measured(seen.transfer_s),
+            "delay_steps": seen.delay_steps,
+            "divergence": _measured(seen.divergence),
+            "grad_noise_scale": _measured(seen.noise_scale),
+            "skipped_steps": seen.skipped_steps,
+            "seen": observed(seen),
+            "decided": {
+                "phase": ended.decision.phase,
+                "plan": plain(ended.decision.plan),
+                "why": ended.decision.why,
+            },
+        }
+        self._records.write("round", figures)
+        if ended.next_phase is not None:
+            self._records.phase(ended.next_phase)
+        if ended.skipped_in_a_row >= self._config.step.max_skipped_steps:
+            raise FloatingPointError(
+                f"no finite loss in {ended.skipped_in_a_row} local steps in a row, up to step {seen.local_step}: "
+                "lower optim.lr, set optim.clip_norm, or raise step.max_skipped_steps"
+            )
+
+    def evaluate_if_due(self) -> None:
+        """Evaluate at the first round's end past each mark."""
+        every = self._config.eval.every_samples
+        if self._next_eval is not None and self._sync.samples >= self._next_eval and self._sync.between_rounds:
+            assert every is not None
+            self._next_eval = (self._sync.samples // every + 1) * every
+            self._evaluate()
+
+    def save_if_due(self) -> None:
+        """Write a checkpoint at the first step past each mark, also in the middle of a round."""
+        every = self._config.checkpoint.every_samples
+        if self._next_save is not None and self._sync.samples >= self._next_save:
+            assert every is not None
+            self._next_save = (self._sync.samples // every + 1) * every
+            self._save()
+
+    def stop(self) -> None:
+        """Told to stop: leave a checkpoint that `run.resume auto` goes on from."""
+        self._records.event("stopped", local_step=self._sync.local_step, samples=self._sync.samples)
+        self._save()
+
+    def end(self) -> Summary:
+        """Average what is left, evaluate the consensus model, and sum up."""
+        self.record(self._sync.finish())
+        if self._last.get("samples") != self._sync.samples:
+            self._evaluate()
+        self._save()
+        if self._sync.world.rank == 0:
+            torch.save(self._sync.replica.model.state_dict(), self._job.folder / "model.pt")
+        summary = self._summary()
+        self._records.finish(summary)
+        return summary
+
+    def _evaluate(self) -> None:
+        config, sync = self._config, self._sync
+        self.record(sync.settle())
+        with sync.clock.off("eval"):
+            transform = Transform.of(self._job.test_part, config.data, sync.world.device, train=False)
+            batches = split_evenly(self._job.test_part, sync.world, config.eval.batch, transform, config.data.workers)
+            calibration = self._stream.sample_inputs(config.sync.recalibrate_samples, config.eval.batch)
+            with sync.consensus(calibration) as model:
+                result = self._step.evaluate(model, batches, sync.collectives)
+        sync.saw_accuracy(result.accuracy)
+        self._best = max(self._best, result.accuracy)
+        self._last = {
+            "local_step": sync.local_step,
+            "samples": sync.samples,
+            "elapsed_s": sync.clock.read()["elapsed_s"],
+            "test_loss": result.loss,
+            "test_accuracy": result.accuracy,
+        }
+        self._records.write("eval", self._last)
+
+    def _save(self) -> None:
+        sync = self._sync
+        if self._saved == sync.local_step:
+            return
+        self._saved = sync.local_step
+        with sync.clock.off("checkpoint"):
+            self._records.event("checkpoint", local_step=sync.local_step, samples=sync.samples)
+            rest = {
+                "policy": policy_name(self._config.policy),
+                "sync": sync.state_dict(),
+                "consumed": self._stream.consumed,
+                "scaler": self._step.scaler.state_dict(),
+                "metrics_bytes": self._records.offset,
+                "best": self._best,
+                "last": self._last,
+                "skipped": self._skipped,
+                "alone": self._alone,
+                "next_eval": self._next_eval,
+                "next_save": self._next_save,
+            }
+            self._checkpoints.save(sync.local_step, sync.replica.model, sync.optimizer, rest)
+            sync.rewrap()
+
+    def _summary(self) -> Summary:
+        sync, times = self._sync, self._sync.clock.read()
+        rate = sync.samples / times["elapsed_s"]
+        return {
+            "name": self._config.run.name,
+            "policy": policy_name(self._config.policy),
+            "world_size": sync.world.size,
+            "local_steps": sync.local_step,
+            "rounds": sync.rounds,
+            "phases": sync.controller.phase.number + 1,
+            "samples": sync.samples,
+            **{name: times[name] for name in TIMES},
+            "wire_bytes": round(sync.collectives.sent_bytes),
+            "samples_per_s": rate,
+            "reference_samples_per_s": self._alone,
+            "scaling_speedup": rate / self._alone if self._alone else None,
+            "test_accuracy": self._last["test_accuracy"],
+            "best_test_accuracy": self._best,
+            "skipped_steps": self._skipped,
+            "peak_memory_bytes": peak_memory_bytes(sync.world.device),
+            "device": device_name(sync.world.device),
+            "versions": versions(),
+        }
+
+
+def _measured(figure: float) -> float | None:
+    return figure if math.isfinite(figure) else None

@@ -1,0 +1,191 @@
+"""What a run leaves behind while it goes: metrics.jsonl, TensorBoard, a progress bar or plain lines."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from tqdm import tqdm
+
+from trainer.config.config import Config
+from trainer.control.controller import Phase
+from trainer.plan import plain
+
+LINE_EVERY_S = 5.0
+
+
+class Records:
+    """The records of rank 0; the base class is every other rank's, and writes nothing."""
+
+    def write(self, kind: str, figures: Mapping[str, Any]) -> None:
+        """A line of metrics.jsonl, flushed, and the same figures in TensorBoard."""
+
+    def phase(self, phase: Phase) -> None:
+        """A phase begins."""
+        self.write("phase", {"number": phase.number, "name": phase.name, "plan": plain(phase.plan), "why": phase.why})
+
+    def event(self, what: str, **figures: Any) -> None:
+        """Something worth knowing: a checkpoint, a stop, a warning."""
+        self.write("event", {"what": what} | figures)
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """The end's figures, as `end` and as summary.json."""
+
+    @property
+    def offset(self) -> int:
+        """Bytes of metrics.jsonl so far: a resume cuts it back to here."""
+        return 0
+
+
+class RunRecords(Records):
+    """Writes `runs/NAME/` as the ranks go."""
+
+    def __init__(self, folder: Path, config: Config) -> None:
+        self._folder = folder
+        self._config = config
+        self._file: IO[str] = open(folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+        self._board: Any = None
+        self._bar = _Progress(config.run.samples, config.record.progress)
+
+    @property
+    def offset(self) -> int:
+        return self._file.tell()
+
+    def write(self, kind: str, figures: Mapping[str, Any]) -> None:
+        line = {"kind": kind} | {name: _finite(value) for name, value in figures.items()}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        if self._config.record.tensorboard:
+            self._tensorboard(kind, figures)
+        self._bar.show(kind, figures)
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        self.write("end", summary)
+        path = self._folder / "summary.json"
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps({name: _finite(value) for name, value in summary.items()}, indent=2) + "\n")
+        partial.replace(path)
+
+    def close(self) -> None:
+        self._bar.close()
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+    def _tensorboard(self, kind: str, figures: Mapping[str, Any]) -> None:
+        if "local_step" not in figures or kind == "end":
+            return
+        if self._board is None:  # imported late: it takes seconds
+            from torch.utils.tensorboard import SummaryWriter
+
+            purge = figures["local_step"]
+            self._board = SummaryWriter(str(self._folder / "tb"), purge_step=purge)
+        numbers = dict(figures) | {f"plan/{name}": value for name, value in figures.get("plan", {}).items()}
+        for name, value in numbers.items():
+            if isinstance(value, int | float) and math.isfinite(value) and name != "local_step":
+                self._board.add_scalar(f"{kind}/{name}", value, figures["local_step"])
+
+
+class _Progress:
+    """A bar on a terminal, a plain line every few seconds elsewhere."""
+
+    def __init__(self, samples: int, shown: bool) -> None:
+        self._shown = shown
+        self._total = samples
+        self._state: dict[str, str] = {}
+        self._told = time.monotonic()
+        self._bar = (
+            tqdm(total=samples, unit="sample", unit_scale=True, dynamic_ncols=True, smoothing=0.1)
+            if shown and sys.stderr.isatty()
+            else None
+        )
+
+    def show(self, kind: str, figures: Mapping[str, Any]) -> None:
+        if not self._shown:
+            return
+        if kind == "phase":
+            plan = figures["plan"]
+            self._state["phase"] = f"{figures['number']} {figures['name']}"
+            self._say(
+                f"phase {figures['number']}: {figures['name']}, {plan['batch_per_rank']} a rank, "
+                f"period {plan['sync_period_steps']}"
+            )
+        elif kind == "eval":
+            self._state["accuracy"] = f"{figures['test_accuracy']:.4f}"
+            self._say(
+                f"{figures['samples']:,} samples, {figures['elapsed_s']:.1f} s: "
+                f"test accuracy {figures['test_accuracy']:.4f}, loss {figures['test_loss']:.4f}"
+            )
+        elif kind == "round":
+            self._round(figures)
+        elif kind == "event":
+            what, *rest = figures.values()
+            self._say(f"{what}: " + ", ".join(f"{n} {v}" for n, v in zip(list(figures)[1:], rest, strict=True)))
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def _round(self, figures: Mapping[str, Any]) -> None:
+        self._state["loss"] = f"{figures['train_loss']:.4f}"
+        if self._bar is not None:
+            self._bar.set_postfix(self._state, refresh=False)
+            self._bar.update(figures["samples"] - self._bar.n)
+        elif time.monotonic() - self._told > LINE_EVERY_S:
+            rate = figures["samples"] / max(figures["elapsed_s"], 1e-9)
+            left = max(0, self._total - figures["samples"]) / rate
+            state = ", ".join(f"{name} {value}" for name, value in self._state.items())
+            self._say(
+                f"{figures['samples']:,} of {self._total:,} samples, {rate:,.0f} samples/s, {state}, {left:.0f} s left"
+            )
+
+    def _say(self, line: str) -> None:
+        self._told = time.monotonic()
+        if self._bar is not None:
+            self._bar.write(line)
+        else:
+            print(line, flush=True)
+
+
+@contextmanager
+def open_records(folder: Path, config: Config, *, rank: int) -> Iterator[Records]:
+    """This rank's records, closed at the end; only rank 0's write anything."""
+    if rank != 0:
+        yield Records()
+        return
+    records = RunRecords(folder, config)
+    try:
+        yield records
+    finally:
+        records.close()
+
+
+def prepare_folder(folder: Path, *, resuming: bool, metrics_bytes: int) -> None:
+    """Make the run's folder ready: an old run of the same name is moved aside, never overwritten; a resumed one keeps
+    its records up to the checkpoint."""
+    metrics = folder / "metrics.jsonl"
+    if resuming:
+        folder.mkdir(parents=True, exist_ok=True)
+        if metrics.exists():
+            with open(metrics, "r+b") as file:
+                file.truncate(metrics_bytes)
+        return
+    if folder.exists() and any(folder.iterdir()):
+        number = next(n for n in range(1, 10**6) if not folder.with_name(f"{folder.name}.{n}").exists())
+        folder.rename(folder.with_name(f"{folder.name}.{number}"))
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no NaN or infinity: what was not measured is null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {name: _finite(inner) for name, inner in value.items()}
+    return value

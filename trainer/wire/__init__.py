@@ -1,0 +1,1 @@
+"""What goes over the network at an averaging: flat buffers, number formats, exchanges."""
