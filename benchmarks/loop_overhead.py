@@ -85,8 +85,8 @@ def ours(
     with LocalSGD(model, optimizer, Constant(Plan(batch, period)), settings=settings, world=world) as sync:
         for inputs, labels in sync.batches(stream, total):
             set_learning_rate(optimizer, learning_rate(OPTIM, sync.samples, total))
-            loss, skipped, right = step_of(sync, inputs, labels)
-            sync.step(loss, skipped=skipped, right=right)
+            loss, skipped, correct = step_of(sync, inputs, labels)
+            sync.step(loss, skipped=skipped, correct=correct)
             yield
 
 

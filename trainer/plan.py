@@ -56,6 +56,11 @@ class Plan:
         usable = above > 0 if self.early_end != "never" else above == 0
         require("early_end_above", above, usable, "goes with early_end, and is above 0 there")
 
+    @property
+    def averages(self) -> Literal["nothing", "gradients", "parameters"]:
+        """What ranks average under this Plan: nothing at period 0, gradients at 1, parameters above."""
+        return ("nothing", "gradients")[self.sync_period_steps] if self.sync_period_steps < 2 else "parameters"
+
 
 NO_PLAN = Plan()
 

@@ -46,7 +46,7 @@ def train_in(world: World, job: Job) -> Summary | None:
         for inputs, labels in sync.batches(stream, config.run.samples):
             set_learning_rate(optimizer, run.rate())
             trained = step(sync, inputs, labels)
-            run.record(sync.step(trained.loss, skipped=trained.skipped, right=trained.right))
+            run.record(sync.step(trained.loss, skipped=trained.skipped, correct=trained.correct))
             run.evaluate_if_due()
             run.save_if_due()
         if not sync.stopping:

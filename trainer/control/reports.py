@@ -1,34 +1,246 @@
-"""What a rank reports to the others at a round's end, and what all ranks must report alike."""
+"""What a rank reports to the others with every averaging, and what all ranks' reports come to.
+
+Reports travel as sums and as largest values, so that a message does not grow with the number of ranks. Only the samples
+of each rank are gathered, since averages are weighted by them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from trainer.errors import MismatchError
 
-Header = dict[str, float]
-AGREED = ("round", "step", "batch", "period", "lr_scale", "plan")
+SKETCH = 256
+"""Values of a gradient's sketch: a product of two gradients is then off by 1/16 of the product of their norms (standard
+deviation), which is about what the gradients' own noise does to it."""
+SUMMED = (
+    "samples",
+    "steps",
+    "compute_s",
+    "wait_s",
+    "lr",
+    "sq_norm",
+    "weighted_sq_norm",
+    "loss_sum",
+    "loss_samples",
+    "judged",
+    "correct",
+    "skipped",
+    "sent_bytes",
+    "grad_sq",
+    "mean_grad_sq",
+    "own_noise",
+    "mean_noise",
+    "sketch_sq",
+)
+MOST = ("slowest_compute_s", "transfer_s", "memory", "stop", "in_a_row", "grad_change", "grad_apart", "changed")
+ALIKE = ("round", "step", "batch", "period", "lr_scale", "plan")
 """What every rank must believe alike."""
+COMPARED = (*ALIKE, "rates", "updates", "state_layout", "moved_layout")
+"""What ranks compare; a difference in the last four is mended, or refused by those who know the names."""
 
 
-def compare(headers: Sequence[Header]) -> None:
+@dataclass(frozen=True)
+class Report:
+    """One rank's numbers: where it is, what it did since its last report, and what it saw of its gradient."""
+
+    round: int = 0
+    """Rounds ended."""
+    step: int = 0
+    """Local steps so far."""
+    batch: int = 0
+    """The Plan's samples a rank and local step."""
+    period: int = 0
+    """The Plan's local steps between two averagings."""
+    lr_scale: float = 1.0
+    """The Plan's."""
+    plan: int = 0
+    """Fingerprint of the whole Plan."""
+    rates: int = 0
+    """Fingerprint of the optimizer's learning rates."""
+    updates: int = 0
+    """Optimizer steps since the last report."""
+    state_layout: int = 0
+    """Fingerprint of which optimizer state this rank has; 0 where nobody asks."""
+    changed: bool = False
+    """The model has other parameters, or others that require a gradient, than the ranks agreed on."""
+    moved_layout: int = 0
+    """Fingerprint of which frozen parameters and buffers have moved; 0 where nobody asks."""
+    samples: int = 0
+    """Trained since the last report."""
+    steps: int = 0
+    """Local steps since the last report."""
+    compute_s: float = 0.0
+    """Seconds of compute since the last report."""
+    wait_s: float = 0.0
+    """Seconds that the training thread waited for the network since the last report."""
+    transfer_s: float = math.nan
+    """Seconds of this rank's latest transfer; NaN before the first."""
+    lr: float = 0.0
+    """Learning rate of the first parameter group, the Plan's scale included."""
+    sq_norm: float = 0.0
+    """Squared norm of what this rank sends to be averaged."""
+    loss_sum: float = 0.0
+    """Training losses, each times its samples."""
+    loss_samples: int = 0
+    """Samples that the losses are of."""
+    judged: int = 0
+    """Samples whose classification is known."""
+    correct: float = 0.0
+    """Samples that were classified correctly."""
+    skipped: int = 0
+    """Local steps that were skipped."""
+    in_a_row: int = 0
+    """Local steps skipped one after another, up to now."""
+    sent_bytes: float = 0.0
+    """Bytes sent since the last report."""
+    stop: bool = False
+    """This rank was asked to stop."""
+    memory: float = 0.0
+    """Most memory ever held, as a share of what there is."""
+    grad_sq: float = math.nan
+    """Squared norm of this rank's gradient, mean over the noted steps."""
+    mean_grad_sq: float = math.nan
+    """Squared norm of the ranks' mean gradient, where gradients are averaged."""
+    grad_weight: float = math.nan
+    """Weight of this rank's gradient in that mean; NaN: one of N."""
+    grad_change: float = math.nan
+    """Relative change of the gradient's norm from step to step, smoothed."""
+    grad_apart: bool = False
+    """The noted gradient is of a replica that was not one with the others."""
+    sketch: Sequence[float] | None = None
+    """Sketch of this rank's gradient; None where none is asked for."""
+
+    @property
+    def own(self) -> float:
+        """The samples, or -1 where what this rank sends is not finite."""
+        return float(self.samples) if math.isfinite(self.sq_norm) else -1.0
+
+    def sums(self, ranks: int) -> list[float]:
+        """What is summed over the ranks."""
+        finite = self.sq_norm if math.isfinite(self.sq_norm) else 0.0
+        noise = self.steps / self.samples if self.samples else math.nan  # 1 / batch
+        weight = self.grad_weight if self.grad_weight == self.grad_weight else 1 / ranks
+        known = {
+            "sq_norm": finite,
+            "weighted_sq_norm": finite * self.samples,
+            "own_noise": noise,
+            "mean_noise": noise * weight**2,
+            "sketch_sq": sum(value * value for value in self.sketch or ()),
+        }
+        return [*(float(known.get(name, getattr(self, name, 0.0))) for name in SUMMED), *(self.sketch or ())]
+
+    def mosts(self) -> list[float]:
+        """What the largest is taken of; of what is compared also the negative, so that the smallest is known too."""
+        known = {"slowest_compute_s": self.compute_s}
+        if self.grad_change != self.grad_change:
+            known["grad_change"] = -1.0  # no change is below 0
+        most = [float(known.get(name, getattr(self, name, 0.0))) for name in MOST]
+        compared = [float(getattr(self, name)) for name in COMPARED]
+        return [*most, *compared, *(-value for value in compared)]
+
+    def with_sq_norm(self, sq_norm: float) -> Report:
+        """This report once what is sent is known."""
+        return replace(self, sq_norm=sq_norm)
+
+    def place(self) -> dict[str, float]:
+        """Where this rank is, for an error that names both sides."""
+        return {name: float(getattr(self, name)) for name in (*ALIKE, "samples")}
+
+
+@dataclass(frozen=True)
+class Total:
+    """All ranks' reports together; the same on every rank."""
+
+    ranks: int
+    alike: Mapping[str, float]
+    """What all ranks believe, by the names of `COMPARED`, as the largest of any says it."""
+    differing: tuple[str, ...]
+    """The names of `COMPARED` that ranks differ in."""
+    sums: Mapping[str, float]
+    """By the names of `SUMMED`."""
+    most: Mapping[str, float]
+    """The largest of any rank, by the names of `MOST`."""
+    samples_by_rank: Sequence[float]
+    """Trained since the last report, by rank; -1 where what the rank sent is not finite."""
+    sketch: Sequence[float]
+    """Sum of the ranks' sketches."""
+
+    @classmethod
+    def of(cls, sums: Sequence[float], mosts: Sequence[float], samples_by_rank: Sequence[float]) -> Total:
+        """What the shared numbers say."""
+        compared = len(COMPARED)
+        high, low = mosts[len(MOST) : len(MOST) + compared], mosts[len(MOST) + compared :]
+        differing = tuple(name for name, h, low_ in zip(COMPARED, high, low, strict=True) if h != -low_)
+        most = dict(zip(MOST, mosts, strict=False))
+        most["grad_change"] = most["grad_change"] if most["grad_change"] >= 0 else math.nan
+        summed = dict(zip(SUMMED, sums, strict=False))
+        alike = dict(zip(COMPARED, high, strict=True))
+        return cls(len(samples_by_rank), alike, differing, summed, most, samples_by_rank, sums[len(SUMMED) :])
+
+    def weights(self) -> list[float]:
+        """Each rank's share of the average, by the samples it trained; they sum to 1.
+
+        A rank whose numbers are not finite has none, and where nobody trained all finite ones have the same.
+        """
+        return weights_of(self.samples_by_rank)
+
+    def mean_sq_norm(self) -> float:
+        """Mean squared norm of what was sent, by the same weights."""
+        trained = sum(max(samples, 0.0) for samples in self.samples_by_rank)
+        finite = sum(samples >= 0 for samples in self.samples_by_rank) or 1
+        return self.sums["weighted_sq_norm"] / trained if trained else self.sums["sq_norm"] / finite
+
+    @property
+    def left_out(self) -> list[int]:
+        """Ranks whose numbers are not finite, where others' are."""
+        out = [rank for rank, samples in enumerate(self.samples_by_rank) if samples < 0]
+        return out if len(out) < self.ranks else []
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint: plain values."""
+        return {
+            "ranks": self.ranks,
+            "alike": dict(self.alike),
+            "differing": list(self.differing),
+            "sums": dict(self.sums),
+            "most": dict(self.most),
+            "samples_by_rank": list(self.samples_by_rank),
+            "sketch": list(self.sketch),
+        }
+
+    @classmethod
+    def restored(cls, state: Mapping[str, Any]) -> Total:
+        """The Total whose `state` this is; a stop that was asked for then has been."""
+        return cls(**{**state, "differing": tuple(state["differing"]), "most": {**state["most"], "stop": 0.0}})
+
+
+def weights_of(samples: Sequence[float]) -> list[float]:
+    """Shares of an average by samples; -1 is a rank that takes no part, unless all are."""
+    usable = [count >= 0 for count in samples]
+    if not any(usable):
+        return [1 / len(samples)] * len(samples)
+    trained = sum(max(count, 0.0) for count in samples)
+    if trained:
+        return [max(count, 0.0) / trained for count in samples]
+    return [float(fits) / sum(usable) for fits in usable]
+
+
+def refuse_difference(places: Sequence[Mapping[str, float]]) -> None:
     """Every rank must have come to the same point by the same Plan.
 
     Raises:
         MismatchError: names two ranks and what each believes.
     """
-    for rank, header in enumerate(headers):
-        for name in AGREED:
-            if header[name] != headers[0][name]:
+    for rank, place in enumerate(places):
+        for name in ALIKE:
+            if place[name] != places[0][name]:
                 sides = "; ".join(
                     f"rank {who} is at round {it['round']:.0f}, local step {it['step']:.0f}, "
                     f"{it['samples']:.0f} samples, plan of batch {it['batch']:.0f} and period {it['period']:.0f}"
-                    for who, it in ((0, headers[0]), (rank, header))
+                    for who, it in ((0, places[0]), (rank, place))
                 )
                 raise MismatchError(f"ranks disagree about their {name}: {sides}")
-
-
-SKETCH = 256
-"""Values of a sketch: a product of two gradients is then off by 1/16 of the product of their norms (standard
-deviation), which is about what the gradients' own noise does to it."""
-SKETCH_NAMES = tuple(f"sketch{number}" for number in range(SKETCH))

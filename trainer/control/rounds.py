@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from trainer.control.controller import Controller, Phase
-from trainer.control.reports import Header
+from trainer.control.reports import Report, Total
 from trainer.control.signals import Signals, reduce
 from trainer.plan import Decision, Observation
 
@@ -46,7 +46,6 @@ class Told:
     seen: Observation
     phase: Phase
     skipped_in_a_row: int
-    no_gradient: bool
 
 
 class Rounds:
@@ -56,8 +55,6 @@ class Rounds:
         self.controller = controller
         self.stopping = False
         """Some rank was asked to stop."""
-        self.no_gradient = False
-        """When a phase last began, some backward pass had left a parameter out."""
         self.accuracy = math.nan
         """The latest evaluation's."""
         self.total_samples: int | None = None
@@ -76,32 +73,30 @@ class Rounds:
         may ramp up."""
         return self._agreed_samples + (sum(sent.planned for sent in self._sent.values()) + here) * ranks
 
-    def send(self, header: Header) -> None:
-        """This rank's header of a round is on its way to the others."""
-        phase, steps = self.controller.phase, int(header["steps"])
-        self._sent[int(header["round"])] = Sent(phase, int(header["samples"]), steps * phase.plan.batch_per_rank)
+    def send(self, report: Report) -> None:
+        """This rank's report of a round is on its way to the others."""
+        phase = self.controller.phase
+        self._sent[report.round] = Sent(phase, report.samples, report.steps * phase.plan.batch_per_rank)
 
-    def tell(self, headers: Sequence[Header], **known: Any) -> None:
-        """All ranks' headers of a round are there; keep what they come to until the controller is asked. `known` are
-        figures of the Observation that came by other ways."""
-        sent = self._sent.pop(int(headers[0]["round"]))
-        seen = reduce(headers, self._agreed_samples)
-        apart = any(header["grad_apart"] for header in headers)
-        known |= self._signals.take(headers, seen.samples, seen.train_loss, apart=apart)
+    def tell(self, total: Total, **known: Any) -> None:
+        """All ranks' reports of a round are there; keep what they come to until the controller is asked.
+
+        `known` are figures of the Observation that came by other ways.
+        """
+        sent = self._sent.pop(int(total.alike["round"]))
+        seen = reduce(total, self._agreed_samples)
+        known |= self._signals.take(total, seen.samples, seen.train_loss)
         progress = seen.samples / self.total_samples if self.total_samples else math.nan
         seen = replace(seen, ran=sent.phase.plan, progress=progress, test_accuracy=self.accuracy, **known)
         self._agreed_samples = seen.samples
-        self.stopping = self.stopping or any(header["stop"] for header in headers)
-        in_a_row = int(max(header["in_a_row"] for header in headers))
-        no_gradient = any(header["no_gradient"] for header in headers)
-        self._told.append(Told(seen, sent.phase, in_a_row, no_gradient))
+        self.stopping = self.stopping or total.most["stop"] > 0
+        self._told.append(Told(seen, sent.phase, int(total.most["in_a_row"])))
 
     def decide(self) -> list[Round]:
         """Let the controller hear what was told, between two rounds; the rounds that it heard of."""
         heard = []
         for told in self._told:
             changed = self.controller.observe(told.seen, self.planned(0, told.seen.ranks))
-            self.no_gradient |= changed and told.no_gradient
             next_phase = self.controller.phase if changed else None
             heard.append(Round(told.seen, told.phase, next_phase, told.skipped_in_a_row, self.controller.decision))
         self._told.clear()
@@ -111,7 +106,6 @@ class Rounds:
         """For a checkpoint."""
         return {
             "controller": self.controller.state_dict(),
-            "no_gradient": self.no_gradient,
             "accuracy": self.accuracy,
             "signals": self._signals.state_dict(),
             "agreed_samples": self._agreed_samples,
@@ -122,7 +116,7 @@ class Rounds:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint."""
         self.controller.load_state_dict(state["controller"])
-        self.no_gradient, self.accuracy = state["no_gradient"], state["accuracy"]
+        self.accuracy = state["accuracy"]
         self._agreed_samples = state["agreed_samples"]
         self._signals.load_state_dict(state["signals"])
         self._sent = {n: Sent(**sent | {"phase": Phase.restored(sent["phase"])}) for n, sent in state["sent"].items()}

@@ -7,10 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from trainer.control.reports import SKETCH_NAMES
+from trainer.control.reports import Total
 from trainer.plan import Observation
 
-Header = Mapping[str, float]
 DECAY = 0.95
 TREND_OBSERVATIONS = 16
 
@@ -35,30 +34,26 @@ class Smoothed:
         return self.total / self.weight if self.weight else math.nan
 
 
-def noise(headers: Sequence[Header]) -> tuple[float, float]:
+def noise(total: Total) -> tuple[float, float]:
     """‖G‖² of the full gradient G, and tr Σ of one sample's gradient, both without bias (McCandlish et al. 2018, A.1).
 
-    With N ranks of b samples each, E‖g_k‖² = ‖G‖² + tr Σ / b and E‖mean g‖² = ‖G‖² + tr Σ / (N b). At period 1 the norm
+    With b_k samples on rank k and weights w_k in the mean, E‖g_k‖² = ‖G‖² + tr Σ / b_k and
+    E‖Σ w_k g_k‖² = ‖G‖² + tr Σ · Σ w_k² / b_k; so unequal batches count by their harmonic mean. At period 1 the norm
     of the mean was measured; in a local phase it is put together from the norms and the sketches' products.
     NaN, NaN where a rank has no gradient to tell of, and on one rank.
     """
-    ranks = len(headers)
-    own = sum(header["grad_sq"] for header in headers) / ranks
-    mean = sum(header["mean_grad_sq"] for header in headers) / ranks
-    steps = sum(header["steps"] for header in headers)
-    if ranks == 1 or steps == 0 or not math.isfinite(own):
+    ranks, sums = total.ranks, total.sums
+    own, mean = sums["grad_sq"] / ranks, sums["mean_grad_sq"] / ranks
+    if ranks == 1 or not math.isfinite(own):
         return math.nan, math.nan
     if not math.isfinite(mean):
-        total = [sum(header[name] for header in headers) for name in SKETCH_NAMES]
-        each = [[header[name] for name in SKETCH_NAMES] for header in headers]
-        cross = _squared(total) - sum(_squared(sketch) for sketch in each)
-        mean = (sum(header["grad_sq"] for header in headers) + cross) / ranks**2
-    batch = sum(header["samples"] for header in headers) / steps
-    return (ranks * mean - own) / (ranks - 1), (own - mean) * batch * ranks / (ranks - 1)
-
-
-def _squared(values: Sequence[float]) -> float:
-    return sum(value * value for value in values)
+        cross = sum(value * value for value in total.sketch) - sums["sketch_sq"]
+        mean = (sums["grad_sq"] + cross) / ranks**2
+    between = sums["own_noise"] / ranks - sums["mean_noise"]
+    if not between > 0:
+        return math.nan, math.nan
+    variance = (own - mean) / between
+    return own - variance * sums["own_noise"] / ranks, variance
 
 
 def slope(points: Sequence[tuple[float, float]]) -> float:
@@ -81,14 +76,15 @@ class Signals:
     """Noise was seen where replicas were one."""
     losses: list[tuple[float, float]] = field(default_factory=list)
 
-    def take(self, headers: Sequence[Header], samples: int, loss: float, *, apart: bool = False) -> dict[str, float]:
-        """The Observation's smoothed figures after these headers; `samples` are all that were trained.
+    def take(self, total: Total, samples: int, loss: float) -> dict[str, float]:
+        """The Observation's smoothed figures after these reports; `samples` are all that were trained.
 
-        Replicas that are `apart` where they look at the gradient (under a delay, with mixing, between averages of
+        Replicas that are apart where they look at the gradient (under a delay, with mixing, between averages of
         parts, where none are averaged) make it seem two to four times as noisy as it is; once noise was seen where they
         were one, theirs is left out.
         """
-        sq_norm, variance = noise(headers)
+        sq_norm, variance = noise(total)
+        apart = total.most["grad_apart"] > 0
         if not (apart and self.of_one):
             self.sq_norm.add(sq_norm)
             self.variance.add(variance)
@@ -122,30 +118,24 @@ class Signals:
         self.losses = [(x, y) for x, y in state["losses"]]
 
 
-SUMMED = ("samples", "loss_sum", "loss_samples", "judged", "right", "compute_s", "wait_s", "sent_bytes", "skipped")
-
-
-def reduce(headers: Sequence[Header], before: int) -> Observation:
+def reduce(total: Total, before: int) -> Observation:
     """What all ranks did together; `before` is the samples trained up to the last observation."""
-    total = {name: sum(header[name] for header in headers) for name in SUMMED}
-    most = {name: max(header[name] for header in headers) for name in ("compute_s", "transfer_s", "memory")}
-    changes = [header["grad_change"] for header in headers if math.isfinite(header["grad_change"])]
-    ranks = len(headers)
+    sums, most, ranks = total.sums, total.most, total.ranks
     return Observation(
-        round=int(headers[0]["round"]),
-        local_step=int(headers[0]["step"]),
-        samples=before + int(total["samples"]),
+        round=int(total.alike["round"]),
+        local_step=int(total.alike["step"]),
+        samples=before + int(sums["samples"]),
         ranks=ranks,
-        steps=int(headers[0]["steps"]),
-        lr=sum(header["lr"] for header in headers) / ranks,
-        train_loss=total["loss_sum"] / total["loss_samples"] if total["loss_samples"] else math.nan,
-        train_accuracy=total["right"] / total["judged"] if total["judged"] else math.nan,
-        compute_s=total["compute_s"] / ranks,
-        slowest_compute_s=most["compute_s"],
-        sync_wait_s=total["wait_s"] / ranks,
+        steps=round(sums["steps"] / ranks),
+        lr=sums["lr"] / ranks,
+        train_loss=sums["loss_sum"] / sums["loss_samples"] if sums["loss_samples"] else math.nan,
+        train_accuracy=sums["correct"] / sums["judged"] if sums["judged"] else math.nan,
+        compute_s=sums["compute_s"] / ranks,
+        slowest_compute_s=most["slowest_compute_s"],
+        sync_wait_s=sums["wait_s"] / ranks,
         transfer_s=most["transfer_s"],
-        sent_bytes=total["sent_bytes"] / ranks,
-        grad_change=max(changes, default=math.nan),
+        sent_bytes=sums["sent_bytes"] / ranks,
+        grad_change=most["grad_change"],
         memory_share=most["memory"],
-        skipped_steps=int(total["skipped"]),
+        skipped_steps=int(sums["skipped"]),
     )

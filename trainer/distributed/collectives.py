@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -33,9 +34,9 @@ class Collectives:
         self.world = world
         self.clock = clock
         self.bucket_bytes = bucket_bytes
-        self.group = group
-        self.size = dist.get_world_size(group) if world.size > 1 else 1
-        self.rank = dist.get_rank(group) if world.size > 1 else 0
+        self.group = group if group is not None else world.group
+        self.size = dist.get_world_size(self.group) if world.size > 1 else 1
+        self.rank = dist.get_rank(self.group) if world.size > 1 else 0
         self.within: Collectives | None = None
         """The ranks of this rank's node, where averages have two levels."""
         self.between: Collectives | None = None
@@ -60,7 +61,13 @@ class Collectives:
     def mean_(self, tensors: Sequence[torch.Tensor], weight: float) -> None:
         """Replace each tensor by its mean over the ranks, in place; `weight` is this rank's share (they sum to 1)."""
         self._exchange(
-            "averaging", tensors, lambda flat: dist.all_reduce(flat.mul_(weight), group=self.group, async_op=True)
+            "averaging",
+            tensors,
+            lambda flat: dist.all_reduce(
+                flat.mul_(weight) if weight else flat.zero_(),  # whatever the values are, nothing is added
+                group=self.group,
+                async_op=True,
+            ),
         )
 
     def max_(self, tensors: Sequence[torch.Tensor]) -> None:
@@ -91,30 +98,82 @@ class Collectives:
                 self.count_ring(flat.nbytes)
                 sent.append((bucket, flat, send(flat)))
             for bucket, flat, work in sent:
-                work.wait()
+                self.world.wait(work, operation)
                 for tensor, part in zip(bucket, torch.split(flat, [tensor.numel() for tensor in bucket]), strict=True):
                     if tensor.data_ptr() != part.data_ptr():
                         tensor.copy_(part.view(tensor.shape))
+
+    def share(
+        self, sums: Sequence[float], mosts: Sequence[float], own: float
+    ) -> tuple[list[float], list[float], list[float]]:
+        """The sums and the largest of all ranks' numbers, and every rank's `own`, by rank; one message.
+
+        All ranks pass as many numbers. What it costs does not grow with the ranks, but for `own`.
+        """
+        if self.size == 1:
+            return [*map(float, sums)], [*map(float, mosts)], [float(own)]
+        total, most, mine = (self._numbers(each) for each in (sums, mosts, [own]))
+        everyone = mine.new_empty(self.size)
+        operation = "comparing rounds"
+        with self._waiting(), self.world.collective(operation):
+            works = [
+                dist.all_reduce(total, group=self.group, async_op=True),
+                dist.all_reduce(most, dist.ReduceOp.MAX, self.group, async_op=True),
+                dist.all_gather(list(everyone.tensor_split(self.size)), mine, self.group, async_op=True),
+            ]
+            for work in works:
+                self.world.wait(work, operation)
+        self.count_ring(total.nbytes + most.nbytes)
+        self._sent_bytes += mine.nbytes * (self.size - 1)
+        return total.tolist(), most.tolist(), everyone.tolist()
+
+    def _numbers(self, values: Sequence[float]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.float64, device=self.world.device)
+
+    def sum_numbers(self, numbers: Sequence[float]) -> list[float]:
+        """The sums of all ranks' numbers."""
+        return self._reduced(numbers, dist.ReduceOp.SUM)
+
+    def most_numbers(self, numbers: Sequence[float]) -> list[float]:
+        """The largest of all ranks' numbers, one by one."""
+        return self._reduced(numbers, dist.ReduceOp.MAX)
+
+    def _reduced(self, numbers: Sequence[float], by: Any) -> list[float]:
+        if self.size == 1:
+            return [*map(float, numbers)]
+        total, operation = self._numbers(numbers), "comparing numbers"
+        with self._waiting(), self.world.collective(operation):
+            self.world.wait(dist.all_reduce(total, by, self.group, async_op=True), operation)
+        self.count_ring(total.nbytes)
+        return total.tolist()
 
     def gather(self, numbers: Mapping[str, float]) -> list[dict[str, float]]:
         """Every rank's numbers, by rank; exact for whole numbers below 2**53. All ranks pass the same names."""
         if self.size == 1:
             return [{name: float(number) for name, number in numbers.items()}]
-        with self._waiting(), self.world.collective("comparing ranks"):
-            mine = torch.tensor(list(numbers.values()), dtype=torch.float64, device=self.world.device)
-            everyone = [torch.empty_like(mine) for _ in range(self.size)]
-            dist.all_gather(everyone, mine, self.group)
-            self._sent_bytes += mine.nbytes * (self.size - 1)
-            return [dict(zip(numbers, theirs.tolist(), strict=True)) for theirs in everyone]
+        mine = self._numbers(list(numbers.values()))
+        rows = self._gathered(mine, "gathering numbers")
+        return [dict(zip(numbers, row, strict=True)) for row in rows.tolist()]
 
     def gather_objects(self, thing: Any) -> list[Any]:
         """Every rank's object, by rank: for rare and small ones."""
         if self.size == 1:
             return [thing]
-        everyone = [None] * self.size
-        with self._waiting(), self.world.collective("comparing layouts"):
-            dist.all_gather_object(everyone, thing, self.group)
-        return everyone
+        packed = torch.frombuffer(bytearray(pickle.dumps(thing)), dtype=torch.uint8).to(self.world.device)
+        operation = "gathering layouts"
+        sizes = self._gathered(torch.tensor([len(packed)], device=self.world.device), operation).view(-1).tolist()
+        padded = packed.new_zeros(max(sizes))
+        padded[: len(packed)] = packed
+        rows = self._gathered(padded, operation).cpu()
+        return [pickle.loads(row[:size].numpy().tobytes()) for row, size in zip(rows, sizes, strict=True)]
+
+    def _gathered(self, mine: torch.Tensor, operation: str) -> torch.Tensor:
+        """Every rank's 1-d tensor, as rows."""
+        rows = mine.new_empty(self.size, len(mine))
+        with self._waiting(), self.world.collective(operation):
+            self.world.wait(dist.all_gather([*rows], mine, self.group, async_op=True), operation)
+        self._sent_bytes += mine.nbytes * (self.size - 1)
+        return rows
 
     def begin_sum(self, number: torch.Tensor) -> Vote:
         """Start summing a scalar over the ranks while this rank goes on; `end_sum` has the result."""
@@ -129,16 +188,15 @@ class Collectives:
         """The sum that `begin_sum` started."""
         total, work = vote
         if work is not None:
-            with self.world.collective("summing the loss"):
-                work.wait()
+            self.world.wait(work, "summing the loss")
         return float(total.item())
 
-    def begin_sum_(self, values: torch.Tensor) -> Any:
+    def begin_sum_(self, values: torch.Tensor, operation: str = "averaging") -> Any:
         """Start replacing a flat tensor by its sum over the ranks, in place; `wait` for it before it is read."""
         if self.size == 1:
             return None
         self.count_ring(values.nbytes)
-        with self.world.collective("averaging"):
+        with self.world.collective(operation):
             return dist.all_reduce(values, group=self.group, async_op=True)
 
     def begin_all_to_all(self, received: torch.Tensor, sent: torch.Tensor) -> Any:
@@ -168,11 +226,10 @@ class Collectives:
         with self.world.collective("averaging"):
             return dist.all_to_all_single(received, sent, sizes, sizes, group=self.group, async_op=True)
 
-    def wait(self, work: Any) -> None:
+    def wait(self, work: Any, operation: str = "averaging") -> None:
         """Wait for what one of the `begin_` calls above started."""
         if work is not None:
-            with self.world.collective("averaging"):
-                work.wait()
+            self.world.wait(work, operation)
 
     def begin_overlap(self) -> None:
         """The compute that hides communication is over: what is waited from here on is exposed."""
@@ -189,12 +246,13 @@ class Collectives:
     def _buckets(self, tensors: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
         """Tensors in order, in lists of one dtype and device and of at most `bucket_bytes` (or one larger tensor)."""
         filling: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
+        filled: dict[tuple[torch.dtype, torch.device], int] = {}
         for tensor in tensors:
             kind = (tensor.dtype, tensor.device)
-            bucket = filling.setdefault(kind, [])
-            if bucket and sum(held.nbytes for held in bucket) + tensor.nbytes > self.bucket_bytes:
+            if filling.get(kind) and filled[kind] + tensor.nbytes > self.bucket_bytes:
                 yield filling.pop(kind)
-                bucket = filling.setdefault(kind, [])
+            bucket = filling.setdefault(kind, [])
+            filled[kind] = tensor.nbytes + (filled[kind] if bucket else 0)
             bucket.append(tensor)
         yield from filling.values()
 

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import os
 import platform
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from functools import cached_property
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh
 
 from trainer.config.config import WorldConfig
+from trainer.distributed.board import Board, told
 from trainer.distributed.launcher import Launch, read_launch
 from trainer.errors import ConfigError, MismatchError, PeerError
 from trainer.memory import keep_freed_memory
@@ -33,10 +33,24 @@ class World:
     node: int = 0
     device: torch.device = torch.device("cpu")
     timeout_s: float = 300.0
+    group: Any = None
+    """The process group of these ranks; None is torch's default group."""
+    nodes: tuple[tuple[int, ...], ...] = ()
+    """The ranks of every node, where averages have two levels."""
+    board: Board = field(default_factory=Board, compare=False)
+    """Where a rank says why it leaves."""
 
     @staticmethod
-    def current(device: torch.device) -> World:
-        """The world of the process group that is there, else a world of one, for a replica on `device`."""
+    def current(device: torch.device, group: Any = None) -> World:
+        """The world of a process group, for a replica on `device`; a world of one where there is no group.
+
+        Args:
+            device: of the replica.
+            group: the ranks that train together, this one among them; None is torch's default group.
+
+        Raises:
+            ConfigError: several ranks without a group, or a group without this rank.
+        """
         launch = read_launch()
         if not dist.is_initialized():
             if launch.size > 1:  # else each would train alone and nobody would notice
@@ -45,26 +59,33 @@ class World:
                     "torch.distributed.init_process_group() before LocalSGD"
                 )
             return World(device=device)
-        rank, size = dist.get_rank(), dist.get_world_size()
+        rank, size = dist.get_rank(group), dist.get_world_size(group)
+        if rank < 0:
+            raise ConfigError(f"group = {group!r}: rank {dist.get_rank()} is not in it; use LocalSGD on its ranks only")
         if (launch.rank, launch.size) != (rank, size):  # a group that no launcher's variables describe
             launch = Launch(rank, size, rank, size)
-        options = dist.group.WORLD._get_backend(device).options  # type: ignore[union-attr]  # there is a group
+        options = (group or dist.distributed_c10d._get_default_group())._get_backend(device).options
         timeout_s = options._timeout.total_seconds()
-        return World(rank, size, launch.local_rank, launch.local_size, launch.node, device, timeout_s)
+        place = launch.local_rank, launch.local_size, launch.node
+        return World(rank, size, *place, device, timeout_s, group, board=Board.open(rank, size, group))
 
     def new_group(self, ranks: Sequence[int] | None = None) -> Any:
-        """A further group of these ranks, or of all, with this world's time-out: torch's own default is another. Every
-        rank of the world must call it."""
-        return dist.new_group(ranks, timeout=timedelta(seconds=self.timeout_s))
+        """A further group of these ranks, or of all, with this world's time-out, since torch's default is another.
+
+        Every rank that is to be in it must call it.
+        """
+        timeout = timedelta(seconds=self.timeout_s)
+        if self.group is None and ranks is None:
+            return dist.new_group(timeout=timeout)
+        everyone = dist.get_process_group_ranks(self.group or dist.group.WORLD)
+        chosen = everyone if ranks is None else [everyone[rank] for rank in ranks]
+        return dist.new_group(chosen, timeout=timeout, use_local_synchronization=True)
 
     def new_levels(self) -> tuple[Any, Any]:
-        """Groups of this rank's node and of its place on every node; every rank must call it."""
-        local, mine = self.local_size, []
-        rows = [list(range(start, start + local)) for start in range(0, self.size, local)]
-        for level in (rows, [list(column) for column in zip(*rows, strict=True)]):
-            groups = [self.new_group(ranks) for ranks in level]  # every rank makes every group
-            mine += [group for ranks, group in zip(level, groups, strict=True) if self.rank in ranks]
-        return mine[0], mine[1]
+        """Groups of this rank's node, and of the ranks at its place on every node; every rank must call it."""
+        row = self.nodes[self.node]
+        column = [ranks[self.local_rank] for ranks in self.nodes]
+        return self.new_group(row), self.new_group(column)
 
     def with_nodes_of(self, ranks: int) -> World:
         """This world with nodes of so many consecutive ranks, whatever the launcher said.
@@ -74,11 +95,28 @@ class World:
         """
         if self.size % ranks:
             raise ConfigError(f"ranks_per_node = {ranks}: must divide the number of ranks ({self.size})")
-        return replace(self, local_rank=self.rank % ranks, local_size=ranks, node=self.rank // ranks)
+        return self.with_nodes([rank // ranks for rank in range(self.size)])
+
+    def with_nodes(self, names: Sequence[Any]) -> World:
+        """This world with the nodes that ranks named; `names` has every rank's, by rank.
+
+        Raises:
+            ConfigError: nodes with different numbers of ranks.
+        """
+        by_name: dict[Any, list[int]] = {}
+        for rank, name in enumerate(names):
+            by_name.setdefault(name, []).append(rank)
+        nodes = tuple(tuple(ranks) for ranks in by_name.values())
+        if len({len(ranks) for ranks in nodes}) > 1:
+            counts = ", ".join(f"{len(ranks)} on {name}" for name, ranks in by_name.items())
+            raise ConfigError(f"node_period_steps needs as many ranks on every node, and there are {counts}")
+        node = next(number for number, ranks in enumerate(nodes) if self.rank in ranks)
+        place = nodes[node].index(self.rank)
+        return replace(self, nodes=nodes, node=node, local_rank=place, local_size=len(nodes[node]))
 
     @contextmanager
     def collective(self, operation: str) -> Iterator[None]:
-        """What ranks do together: a failure in it names the operation and this rank.
+        """Something that ranks do together: a failure in it names the operation, and the rank that left.
 
         Raises:
             PeerError: instead of the backend's own error.
@@ -86,26 +124,42 @@ class World:
         try:
             yield
         except RuntimeError as error:
-            if isinstance(error, PeerError):
+            if isinstance(error, PeerError | MismatchError):
                 raise
-            cause = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise PeerError(
-                f"{operation} failed on rank {self.rank} of {self.size}: a peer went away, or did not answer in "
-                f"{self.timeout_s:g} s ({cause})"
-            ) from error
+            raise PeerError(self._told(operation, error)) from error
 
-    @cached_property
-    def mesh(self) -> DeviceMesh:
-        """Ranks as a (node, local) mesh, with a process group along each dimension; every rank must ask for it.
+    def wait(self, work: Any, operation: str) -> None:
+        """Wait for a collective; what a peer says on the board ends the wait at once.
 
         Raises:
-            ConfigError: nodes with different numbers of ranks.
+            PeerError: a peer left or did not answer in time.
         """
-        if self.size % self.local_size:
-            raise ConfigError(f"{self.size} ranks, {self.local_size} on node {self.node}: every node needs as many")
-        within, between = self.new_levels()
-        ranks = torch.arange(self.size).view(-1, self.local_size)
-        return DeviceMesh.from_group([between, within], self.device.type, ranks, mesh_dim_names=("node", "local"))
+        if self.device.type == "cuda":  # the stream waits, not this thread
+            with self.collective(operation):
+                work.wait()
+            return
+        deadline = time.monotonic() + self.timeout_s
+        while True:
+            try:
+                work.wait(timedelta(seconds=min(LOOK_S, self.timeout_s)))
+                return
+            except RuntimeError as error:
+                late = time.monotonic() >= deadline
+                if late or work.is_completed() or "timed out" not in str(error).lower() or self.board.gone():
+                    raise PeerError(self._told(operation, error)) from error
+
+    def _told(self, operation: str, error: RuntimeError) -> str:
+        """One line: the operation, this rank, and who left and why, or what the backend says."""
+        failed = f"{operation} failed on rank {self.rank} of {self.size}"
+        gone = self.board.gone(patience_s=LOOK_S)
+        if gone:
+            return f"{failed}: {'; '.join(f'rank {rank} {reason}' for rank, reason in gone.items())}"
+        cause = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return f"{failed}: a peer went away, or did not answer in {self.timeout_s:g} s ({cause})"
+
+
+LOOK_S = 1.0
+"""Seconds between two looks at what peers say, while a collective is waited for."""
 
 
 @contextmanager
@@ -130,9 +184,11 @@ def open_world(config: WorldConfig) -> Iterator[World]:
         timeout=timedelta(seconds=config.timeout_s),
         device_id=device if cuda else None,
     )
+    world = replace(world, board=Board.open(world.rank, world.size))
     try:
         yield world
-    except BaseException:
+    except BaseException as error:
+        world.board.say(told(error))
         # No goodbye: peers may be waiting in a collective that this rank will never enter, and an orderly shutdown
         # would wait with them. Closed connections tell them at once; the launcher ends the rest.
         if cuda:

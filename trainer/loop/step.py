@@ -46,8 +46,8 @@ class Trained(NamedTuple):
     """Mean over the batch (0-dim, detached)."""
     skipped: bool
     """No update was made, because a loss was not finite."""
-    right: torch.Tensor | None
-    """Samples classified rightly before the update (0-dim); None where outputs are not classes."""
+    correct: torch.Tensor | None
+    """Samples classified correctly before the update (0-dim); None where outputs are not classes."""
 
 
 class LocalStep:
@@ -119,6 +119,5 @@ class LocalStep:
             loss_sum += loss.item() * len(labels)
             right += (outputs.argmax(dim=1) == labels).sum().item()
             seen += len(labels)
-        ranks = collectives.gather({"loss": loss_sum, "right": right, "seen": seen})
-        total = {name: sum(rank[name] for rank in ranks) for name in ranks[0]}
-        return Evaluation(total["loss"] / total["seen"], total["right"] / total["seen"], int(total["seen"]))
+        loss_sum, right, total = collectives.sum_numbers([loss_sum, right, seen])
+        return Evaluation(loss_sum / total, right / total, int(total))

@@ -5,27 +5,27 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Protocol
 
 import torch
 
 from trainer.config.sync import SyncConfig
-from trainer.control.reports import Header, compare
+from trainer.control.reports import ALIKE, Report, Total, refuse_difference, weights_of
 from trainer.distributed.background import Background
 from trainer.distributed.clock import Clock
 from trainer.distributed.collectives import Collectives
 from trainer.sync.outer_optimizer import Outer
 from trainer.sync.part import Part
-from trainer.sync.replica import Place, Replica
+from trainer.sync.replica import Place, Replica, mean_values
 
 
 @dataclass(frozen=True)
 class Arrived:
     """What a transfer brought besides the averages."""
 
-    headers: list[Header]
-    """Every rank's, by rank."""
+    total: Total
+    """What all ranks' reports come to."""
     divergence: float
     """Squared distance of the replicas from their mean, weighted by samples; of the parts that were sent."""
     sq_norm: float
@@ -57,9 +57,6 @@ class Done:
 class Carried:
     """What goes along with a round's parameters, averaged in place."""
 
-    buffers: list[torch.Tensor] = field(default_factory=list)
-    """The model's own; none beside training, where the average would come too late to replace what they are then. An
-    evaluation averages them in any case."""
     state: dict[Place, torch.Tensor] = field(default_factory=dict)
     """The optimizer's own, or beside training copies."""
     snapshot: dict[Place, torch.Tensor] = field(default_factory=dict)
@@ -107,7 +104,7 @@ class Averager:
         self._outers = [Outer.of(settings, flat) for flat in self._replica.flat_parameters.adopt()]
         self._divide()
         if settings.node_period_steps is not None and world.size > 1:
-            self._via.add_levels(world.mesh["local"].get_group(), world.mesh["node"].get_group())
+            self._via.add_levels(*world.new_levels())
         self._open_background()
 
     def _divide(self) -> None:
@@ -120,6 +117,23 @@ class Averager:
                 if place.start < place.stop:
                     share = None if outer is None else outer.at(place)
                     fragment.append(Part(flat[place], self.settings, self._via.world, share))
+
+    def relayout(self) -> None:
+        """Take the model's members anew, with nothing under way; outer optimizers keep what they know of each.
+
+        Raises:
+            MismatchError: models that differ in more than values.
+        """
+        before, known = self._replica.flat_parameters.places(), self._outers
+        self._replica.relayout()
+        self._outers = [Outer.of(self.settings, flat) for flat in self._replica.flat_parameters.adopt()]
+        places = {key: (number, place) for key, number, place in before}
+        for key, number, place in self._replica.flat_parameters.places():
+            outer, (old, at) = self._outers[number], places.get(key, (0, slice(0, 0)))
+            other = known[old]
+            if outer is not None and other is not None and at.stop - at.start == place.stop - place.start:
+                outer.at(place).take(other.at(at))
+        self._divide()
 
     def use(self, settings: SyncConfig) -> None:
         """Average as these settings say from now on: every rank calls it, with replicas that are one."""
@@ -134,16 +148,20 @@ class Averager:
 
     def _open_background(self) -> None:
         world = self._via.world
-        if self.settings.delay_steps != 0 and world.size > 1 and self._background is None:
-            self._background = Background(world.device)
+        if self.settings.delay_steps == 0 or world.size == 1:
+            return
+        if self._beside is self._via:
             self._beside = Collectives(world, None, self.settings.bucket_bytes, world.new_group())
             if self._via.within is not None:
                 self._beside.add_levels(*world.new_levels())
+        if self._background is None:
+            self._background = Background(world.device)
 
     def close(self) -> None:
-        """Let the thread end."""
+        """Let the thread end; `open` begins another."""
         if self._background is not None:
             self._background.close()
+            self._background = None
 
     @property
     def everything(self) -> range:
@@ -159,7 +177,7 @@ class Averager:
     def send(
         self,
         fragments: Sequence[int],
-        header: Header,
+        report: Report,
         local_step: int,
         delay_steps: int = 0,
         *,
@@ -170,7 +188,7 @@ class Averager:
 
         Args:
             fragments: their numbers.
-            header: this rank's numbers for the others; at a round's end those that a policy is told by, too.
+            report: this rank's numbers for the others; at a round's end those that a policy is told by, too.
             local_step: now.
             delay_steps: local steps after which the average is to be taken.
             ends_round: buffers and optimizer state go along, as the settings say.
@@ -180,14 +198,14 @@ class Averager:
         assert not any(set(flying.fragments) & set(fragments) for flying in self.flying), "take what is under way first"
         delayed = delay_steps > 0 and self._background is not None
         parts = self._parts(fragments)
-        self.average_within(fragments, header["samples"])
+        self.average_within(fragments, report.samples)
         carried = self._carry(delayed) if ends_round else Carried()
         if delayed:
             for part in parts:
                 part.snapshot()
 
         def work() -> Arrived:
-            return self._exchange(parts, header, carried, delayed=delayed, plainly=plainly, ends_round=ends_round)
+            return self._exchange(parts, report, carried, delayed=delayed, plainly=plainly, ends_round=ends_round)
 
         pending: Pending = self._background.submit(work) if delayed and self._background else Done(work())
         due = local_step + (delay_steps if delayed else 0)
@@ -202,17 +220,17 @@ class Averager:
         if via is None or via.size == 1 or self.settings.node_period_steps == 1:  # at 1 they are one at every step
             return
         with self._clock.waiting("sync_wait"):
-            ranks = [rank["samples"] for rank in via.gather({"samples": samples})]
-            trained = sum(ranks)
-            weights = [count / trained if trained else 1 / via.size for count in ranks]
             self._replica.flat_parameters.adopt()
-            for part in self._parts(fragments):
+            parts = self._parts(fragments)
+            own = samples if all(part.is_finite for part in parts) else -1.0
+            weights = weights_of([rank["samples"] for rank in via.gather({"samples": own})])
+            for part in parts:
                 part.average_within(weights, via)
 
     def _exchange(
         self,
         parts: Sequence[Part],
-        header: Header,
+        report: Report,
         carried: Carried,
         *,
         delayed: bool,
@@ -223,31 +241,44 @@ class Averager:
         before, began = via.sent_bytes, time.perf_counter()
         with nullcontext() if delayed else self._clock.waiting("sync_wait"), torch.no_grad():
             norm = sum(part.pack(delayed=delayed) for part in parts)
-            headers = via.gather(header | {"norm": norm})
-            compare(headers)
-            trained = sum(rank["samples"] for rank in headers)
-            weights = [rank["samples"] / trained if trained else 1 / via.size for rank in headers]
-            lr = sum(rank["lr"] for rank in headers) / via.size
+            total = share(report.with_sq_norm(norm), via)
+            weights, own = total.weights(), total.weights()[via.rank]
+            lr = total.sums["lr"] / via.size
             mean = sum(part.exchange(weights, lr, via, delayed=delayed, plainly=plainly) for part in parts)
             sq_norm = sum(part.agreed_sq_norm for part in parts)
-            one_layout = not ends_round or len({rank["layout"] for rank in headers}) == 1
-            if delayed and not one_layout:
-                carried.state = {}  # it cannot be made alike beside training: this time each rank keeps its own
-            elif self.settings.state == "average" and not one_layout:
-                carried.state = self._replica.shared_state()
-            via.mean_([*carried.buffers, *carried.state.values()], weights[via.rank])
-        divergence = max(0.0, sum(w * rank["norm"] for w, rank in zip(weights, headers, strict=True)) - mean)
+            if ends_round:
+                self._average_carried(carried, total, own, via, delayed=delayed)
+        divergence = max(0.0, total.mean_sq_norm() - mean)
         took, sent = time.perf_counter() - began, via.sent_bytes - before
-        return Arrived(headers, divergence, sq_norm, took, sent)
+        return Arrived(total, divergence, sq_norm, took, sent)
+
+    def _average_carried(
+        self, carried: Carried, total: Total, weight: float, via: Collectives, *, delayed: bool
+    ) -> None:
+        """What goes along with a round's parameters: optimizer state, and what has moved without a gradient.
+
+        Beside training an average of buffers would come too late to replace what they are then; an evaluation averages
+        them in any case.
+        """
+        if "state_layout" in total.differing:
+            # it cannot be made alike beside training: this time each rank keeps its own
+            carried.state = {} if delayed or self.settings.state != "average" else self._replica.shared_state()
+        mean_values(via, [*carried.state.values()], weight)
+        if delayed:
+            return
+        buffers = self.settings.batch_norm == "average"
+        if "moved_layout" in total.differing:
+            self._replica.unite(buffers=buffers)
+        else:
+            self._replica.average_moved(weight, buffers=buffers)
 
     def _carry(self, delayed: bool) -> Carried:
-        """Buffers and optimizer state as they are now, as far as the settings say that they are averaged."""
-        settings, replica = self.settings, self._replica
-        state = replica.state() if settings.state == "average" else {}
+        """Optimizer state as it is now, as far as the settings say that it is averaged."""
+        state = self._replica.state() if self.settings.state == "average" else {}
         if not delayed:
-            return Carried(replica.flat_buffers.adopt() if settings.batch_norm == "average" else [], state)
+            return Carried(state)
         copies, snapshot = ({place: each.clone() for place, each in state.items()} for _ in range(2))
-        return Carried([], copies, snapshot)
+        return Carried(copies, snapshot)
 
     @torch.no_grad()
     def land(self, transfer: Transfer, local_step: int, *, wholly: bool = False) -> Arrived:
@@ -256,13 +287,17 @@ class Averager:
             arrived = transfer.pending.result()
         self.flying.remove(transfer)
         self._replica.flat_parameters.adopt()
+        left_out = self._via.rank in arrived.total.left_out
         for part in self._parts(transfer.fragments):
-            part.land(delayed=transfer.delayed, progressed=local_step > transfer.sent_at, wholly=wholly)
+            if left_out:
+                part.replace(delayed=transfer.delayed)
+            else:
+                part.land(delayed=transfer.delayed, progressed=local_step > transfer.sent_at, wholly=wholly)
         if transfer.delayed:
             carried = transfer.carried
             self._replica.correct_state(carried.state, carried.snapshot, local_step - transfer.sent_at)
-        if transfer.ends_round and self.settings.state == "reset":
-            self._replica.optimizer.state.clear()
+        if left_out or (transfer.ends_round and self.settings.state == "reset"):
+            self._replica.reset_state()
         if transfer.delayed:
             self._via.sent_bytes += arrived.sent_bytes
         return arrived
@@ -283,7 +318,7 @@ class Averager:
                     "ends_round": transfer.ends_round,
                     "sent_at": transfer.sent_at,
                     "land_at": transfer.land_at,
-                    "arrived": asdict(transfer.pending.result()),
+                    "arrived": _plain(transfer.pending.result()),
                     "carried": asdict(transfer.carried),
                 }
                 for transfer in self.flying
@@ -298,8 +333,23 @@ class Averager:
         self.flying = []
         for saved in state["flying"]:
             carried = Carried(**saved.pop("carried"))
-            arrived = Arrived(**saved.pop("arrived"))
-            for header in arrived.headers:
-                header["stop"] = 0.0  # that stop has been; this run is to go on
-            pending = Done(arrived)
+            arrived = saved.pop("arrived")
+            pending = Done(Arrived(**{**arrived, "total": Total.restored(arrived["total"])}))
             self.flying.append(Transfer(**saved, pending=pending, carried=carried))
+
+
+def _plain(arrived: Arrived) -> dict[str, Any]:
+    """For a checkpoint."""
+    return {**{each.name: getattr(arrived, each.name) for each in fields(arrived)}, "total": arrived.total.state()}
+
+
+def share(report: Report, via: Collectives) -> Total:
+    """What all ranks' reports come to.
+
+    Raises:
+        MismatchError: ranks are not at one place of one Plan.
+    """
+    total = Total.of(*via.share(report.sums(via.size), report.mosts(), report.own))
+    if set(total.differing) & set(ALIKE):
+        refuse_difference(via.gather(report.place()))
+    return total

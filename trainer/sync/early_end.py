@@ -43,21 +43,24 @@ class EarlyEnd:
         else:
             self._base = [flat.clone() for flat in now]
 
+    def forget(self) -> None:
+        """The model is laid out anew: moves count from the next round's beginning."""
+        self._base, self._along = [], []
+
     @torch.no_grad()
     def reached(self, plan: Plan) -> bool:
         """After a local step; the same answer on every rank. A signal that is not finite ends nothing."""
         if plan.early_end == "gradient_change":
-            changes = [rank["change"] for rank in self._via.gather({"change": self._notes.change})]
-            return any(change >= plan.early_end_above for change in changes)
+            change = self._notes.change if math.isfinite(self._notes.change) else -1.0  # none is below 0
+            return self._via.most_numbers([change])[0] >= plan.early_end_above
         sq_norm = along = 0.0
         now = self._replica.flat_parameters.adopt()
         for index, (flat, base) in enumerate(zip(now, self._base, strict=True)):
             move = flat - base
             sq_norm += float(torch.dot(move, move))
             along += float(torch.dot(move, self._along[index])) if self._along else 0.0
-        ranks = self._via.gather({"sq_norm": sq_norm, "along": along})
-        mean = {name: sum(rank[name] for rank in ranks) / len(ranks) for name in ("sq_norm", "along")}
-        return mean["sq_norm"] - mean["along"] ** 2 > plan.early_end_above
+        mean_sq, mean_along = (total / self._via.size for total in self._via.sum_numbers([sq_norm, along]))
+        return mean_sq - mean_along**2 > plan.early_end_above
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint in the middle of a round."""

@@ -1,52 +1,121 @@
-"""Period 1: gradients averaged during the backward pass, by DDP with a communication hook."""
+"""Period 1: gradients averaged while the backward pass goes on, as DistributedDataParallel does.
 
-# Annotations are evaluated in this file: DDP checks those of its communication hook.
+Hooks sit on the parameters, not on the forward pass. So it does not matter how the loss was computed: by the model, by
+a method of it, in several passes, or not at all on this rank. A parameter that got no gradient joins in with zeros.
+"""
 
-import warnings
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import nn
-from torch.distributed import GradBucket  # type: ignore[attr-defined]  # compiled, and not listed
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.autograd import Variable
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
-from torch.nn.parallel import DistributedDataParallel
 
 from trainer.config.sync import GradientFormat
 from trainer.distributed.collectives import Collectives
 from trainer.sync.gradient_notes import GradientNotes
+from trainer.wire.flat import real_view
 
 POWERSGD_RANK = 2
-POWERSGD_FROM_STEP = 10  # DDP's buckets change after its first step, and early gradients compress badly
+POWERSGD_FROM_STEP = 10  # early gradients compress badly
+FIRST_BUCKET_BYTES, BUCKET_BYTES = 2**20, 25 * 2**20  # DistributedDataParallel's own defaults
+OPERATION = "averaging gradients"
+
+
+@dataclass(eq=False)
+class Bucket:
+    """Gradients that travel together; PowerSGD's hook reads it as a `torch.distributed.GradBucket`."""
+
+    number: int
+    last: bool
+    parameters: list[torch.Tensor]
+    flat: torch.Tensor
+    """Real, 1-d; between backward passes the parameters' `.grad` lie in it."""
+    views: list[torch.Tensor]
+    """A place of `flat` a parameter, of its shape and strides."""
+    parts: list[torch.Tensor]
+    """The same places, flat and real."""
+    waiting: set[int] = field(default_factory=set)
+    """Numbers of the parameters whose gradient has not come in this backward pass."""
+    without: list[int] = field(default_factory=list)
+    """Numbers of the parameters that have none."""
+    work: Any = None
+    own: torch.Tensor | None = None
+
+    def buffer(self) -> torch.Tensor:
+        return self.flat
+
+    def index(self) -> int:
+        return self.number
+
+    def is_last(self) -> bool:
+        return self.last
+
+    def gradients(self) -> list[torch.Tensor]:
+        return self.parts
+
+    def pack(self) -> None:
+        """Take the gradients in; `.grad` is then a place of the bucket. Sparse ones become dense."""
+        self.without, into, taken = [], [], []
+        for number, (parameter, view) in enumerate(zip(self.parameters, self.views, strict=True)):
+            gradient = parameter.grad
+            if gradient is None:
+                view.zero_()
+                self.without.append(number)
+            elif gradient.layout != torch.strided:
+                view.copy_(gradient.to_dense())
+            elif gradient.data_ptr() != view.data_ptr():
+                into.append(view)
+                taken.append(gradient.detach())
+        if into:
+            torch._foreach_copy_(into, taken)
+
+    def hand_out(self, used: Sequence[bool]) -> None:
+        """Give every parameter its mean gradient; one that no rank has a gradient for has none here."""
+        for number, (parameter, view) in enumerate(zip(self.parameters, self.views, strict=True)):
+            before = parameter.grad
+            if before is not None and before.layout != torch.strided:
+                parameter.grad = view.to_sparse(before.sparse_dim())
+            elif before is not view and used[number]:
+                parameter.grad = view
 
 
 class GradientAverage:
-    """DDP round a model, put on and taken off: its buckets are a gradient's worth of memory."""
+    """Averages the gradients of a fixed list of parameters over ranks, put on and taken off."""
 
-    def __init__(self, model: nn.Module, gradient_format: GradientFormat) -> None:
-        self.model = model
+    def __init__(self, gradient_format: GradientFormat) -> None:
         self.gradient_format = gradient_format
         self._notes: GradientNotes | None = None
         self._via: Collectives | None = None
-        self._parallel: DistributedDataParallel | None = None
         self._powersgd: PowerSGDState | None = None
-        self._numbers = {id(parameter): number for number, parameter in enumerate(model.parameters())}
+        self._buckets: list[Bucket] = []
+        self._hooks: list[Any] = []
+        self._places: dict[int, int] = {}
         self._owed: dict[int, torch.Tensor] = {}
-        """What compression lost of gradients (flat, by the parameter's number) and no wrapper has made good yet."""
-        self._buckets: dict[int, list[torch.Tensor]] = {}
+        """What compression lost of gradients (flat, by the parameter's place) and nothing has made good yet."""
+        self._compressed: set[int] = set()
+        self._flags = torch.empty(0)
+        """What is summed of a step where all have gradients: this rank's share of N equal ones, and a 1 a parameter."""
+        self._quiet = False
+        self._open = False
+        self._next = 0
+        self._averaged = False
+        """Gradients were averaged since the last step's end."""
+        self._share: float | None = None
+        self.weight: float | None = None
+        """Weight of this rank's gradient in the latest mean; None: one of N."""
+        self._lock = threading.RLock()  # backward passes of several devices run hooks on several threads
 
     @property
     def on(self) -> bool:
         """Whether gradients are averaged now."""
-        return self._parallel is not None
-
-    @property
-    def module(self) -> nn.Module:
-        """What to call in the forward pass."""
-        return self._parallel or self.model
+        return self._via is not None
 
     @property
     def collectives(self) -> Collectives:
@@ -54,31 +123,30 @@ class GradientAverage:
         assert self._via is not None
         return self._via
 
-    def put_on(self, via: Collectives | None, notes: GradientNotes | None = None, *, find_unused: bool) -> None:
-        """Wrap the model afresh, to average gradients over these ranks; None takes the wrapper off.
+    def put_on(
+        self, parameters: Sequence[torch.Tensor], via: Collectives | None, notes: GradientNotes | None = None
+    ) -> None:
+        """Average these parameters' gradients from now on, over these ranks; None ends it.
 
         `notes` is shown every bucket before and after its average.
 
-        A fresh wrapper begins with the same buckets, and a compressor with nothing but what it owes, wherever it is
-        made; so a run that rewraps at a checkpoint goes on bit for bit as one that is resumed from it.
+        A compressor begins with nothing but what it owes, wherever this is called; so a run that calls it at a
+        checkpoint goes on bit for bit as one that is resumed from it.
         """
         owed = self._all_owed()
         self.take_off()
         self._owed = owed if via is not None else {}  # a local phase leaves old gradients behind
-        if via is None or via.size == 1:
+        if via is None or via.size == 1 or not parameters:
             return
         self._via, self._notes = via, notes
-        with warnings.catch_warnings():
-            # the name that every torch since 2.10 knows, and the only one that syncs no buffer here
-            warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
-            self._parallel = DistributedDataParallel(
-                self.model,
-                process_group=via.group,
-                broadcast_buffers=False,
-                gradient_as_bucket_view=True,
-                find_unused_parameters=find_unused,
-                init_sync=False,
-            )
+        self._buckets = _buckets(parameters)
+        self._flags = torch.ones(1 + len(parameters), dtype=torch.float32, device=self._buckets[0].flat.device)
+        self._places = {id(parameter): place for place, parameter in enumerate(parameters)}
+        for bucket in self._buckets:
+            for number, parameter in enumerate(bucket.parameters):
+                hook = partial(self._arrived, bucket, number)
+                register: Any = parameter.register_post_accumulate_grad_hook
+                self._hooks.append(register(hook))
         if self.gradient_format == "powersgd":
             self._powersgd = PowerSGDState(
                 via.group,
@@ -86,79 +154,207 @@ class GradientAverage:
                 start_powerSGD_iter=POWERSGD_FROM_STEP,
                 orthogonalization_epsilon=1e-8,
             )
-        self._parallel.register_comm_hook(None, self._hook)
+
+    def take_off(self) -> None:
+        """End averaging; gradients keep what they are."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks, self._buckets, self._compressed = [], [], set()
+        self._powersgd = self._via = self._notes = None
+        self._open = self._averaged = False
 
     def forget(self) -> None:
-        """A step was skipped, whose gradients were not finite on some rank: what is kept of them is of no use."""
+        """Drop what compression owes: a step was skipped, whose gradients were not finite on some rank."""
         if self._powersgd is not None:
             for kept in (self._powersgd.error_dict, self._powersgd.p_memory_dict, self._powersgd.q_memory_dict):
                 kept.clear()
 
-    def take_off(self) -> None:
-        """Unwrap the model."""
-        self._parallel = self._powersgd = self._via = self._notes = None
-        self._buckets = {}
-
-    def no_sync(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
         """Gradients stay on this rank."""
-        return self._parallel.no_sync() if self._parallel is not None else nullcontext()
+        before, self._quiet = self._quiet, True
+        try:
+            yield
+        finally:
+            self._quiet = before
 
-    def _hook(self, _: object, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
-        """The average of a bucket, with its bytes counted and the end of the compute noted."""
-        via = self.collectives
-        notes = self._notes
-        own = notes.bucket(bucket.buffer()) if notes is not None else None
-        if bucket.is_last():
-            via.begin_overlap()
-        with via.world.collective("averaging gradients"):
-            if self.gradient_format == "bf16":
-                via.count_ring(bucket.buffer().numel() * 2)
-                future = bf16_compress_hook(via.group, bucket)  # type: ignore[arg-type]  # None is all ranks there too
-            elif self._powersgd is not None:
-                before = self._powersgd.total_numel_after_compression
-                compressed = self._powersgd.iter >= POWERSGD_FROM_STEP
-                if compressed:
-                    own = None  # what the mean lost would pass for noise
-                    self._hand_over(self._powersgd, bucket)
-                future = powerSGD_hook(self._powersgd, bucket)
-                # its later collectives begin when its earlier ones end, on Gloo's own threads: with two buckets under
-                # way each rank would begin them in an order of its own
-                future.wait()
-                sent = self._powersgd.total_numel_after_compression - before if compressed else bucket.buffer().numel()
-                via.count_ring(sent * bucket.buffer().element_size())
-            else:
-                via.count_ring(bucket.buffer().nbytes)
-                buffer = bucket.buffer().div_(via.size)
-                future = dist.all_reduce(buffer, group=via.group, async_op=True).get_future().then(_first)
+    def set_weight(self, weight: float | None) -> None:
+        """Weigh this rank's gradient in the next mean by this share of all; None: as all others, one of N."""
+        self._share = weight
 
-        def checked(averaged: torch.futures.Future[torch.Tensor]) -> torch.Tensor:
-            with via.world.collective("averaging gradients"):
-                mean = averaged.value()
-            if notes is not None and own is not None:
-                notes.averaged(own, mean)
-            return mean
+    # ---- a backward pass
 
-        return future.then(checked)
+    def begin(self) -> None:
+        """A backward pass has begun; at its end, whatever it reached, the gradients are averaged.
 
-    def _hand_over(self, powersgd: PowerSGDState, bucket: GradBucket) -> None:
-        """Let the compressor make good what one before it owed of this bucket, as it first compresses it."""
-        if bucket.index() in self._buckets:
+        Called by the first gradient that comes, or before it by whoever sees the outermost pass begin.
+        """
+        if self._open or self._quiet or not self.on:
             return
-        parameters = self._buckets[bucket.index()] = bucket.parameters()
-        owed = [self._owed.pop(self._numbers[id(parameter)], None) for parameter in parameters]
+        self._start()
+        Variable._execution_engine.queue_callback(self._end)
+
+    def _start(self) -> None:
+        self._open, self._next = True, 0
+        for bucket in self._buckets:
+            bucket.waiting = set(range(len(bucket.parameters)))
+            bucket.work = bucket.own = None
+
+    def _arrived(self, bucket: Bucket, number: int, parameter: torch.Tensor) -> None:
+        """A parameter's gradient is there; buckets leave in one order on every rank."""
+        if self._quiet:
+            return
+        with self._lock:
+            self.begin()
+            if number not in bucket.waiting and bucket.number < self._next:
+                shape = tuple(parameter.shape)
+                raise RuntimeError(
+                    f"a parameter of shape {shape} got a second gradient in one backward pass, after the first was "
+                    "sent: use checkpoint(..., use_reentrant=False), or sync.no_sync() round all passes but the last"
+                )
+            bucket.waiting.discard(number)
+            while self._next < len(self._buckets) and not self._buckets[self._next].waiting:
+                self._send_next()
+
+    def _send_next(self) -> None:
+        bucket = self._buckets[self._next]
+        self._next += 1
+        with torch.no_grad():
+            bucket.pack()
+            bucket.own = self._notes.bucket(bucket.flat) if self._notes is not None else None
+            self._weigh(bucket.flat)
+            self._send(bucket)
+
+    def _weigh(self, flat: torch.Tensor) -> None:
+        """Multiply by this rank's share of N equal ones; a share of zero adds nothing, whatever the values are."""
+        if self._share == 0:
+            flat.zero_()
+        elif self._share is not None:
+            flat.mul_(self._share * self.collectives.size)
+
+    def _send(self, bucket: Bucket) -> None:
+        via, flat = self.collectives, bucket.flat
+        if bucket.last:
+            via.begin_overlap()
+        if self._powersgd is not None:
+            self._send_compressed(self._powersgd, bucket)
+        elif self.gradient_format == "bf16":
+            half = flat.to(torch.bfloat16).div_(via.size)
+            bucket.work = half, via.begin_sum_(half, OPERATION)
+        else:
+            bucket.work = flat, via.begin_sum_(flat.div_(via.size), OPERATION)
+
+    def _send_compressed(self, powersgd: PowerSGDState, bucket: Bucket) -> None:
+        via = self.collectives
+        before = powersgd.total_numel_after_compression
+        compressed = powersgd.iter >= POWERSGD_FROM_STEP
+        if compressed:
+            bucket.own = None  # what the mean lost would pass for noise
+            self._hand_over(powersgd, bucket)
+        with via.world.collective(OPERATION):
+            # its later collectives begin when its earlier ones end, on Gloo's own threads: with two buckets under way
+            # each rank would begin them in an order of its own
+            mean = powerSGD_hook(powersgd, bucket).wait()
+        if mean.data_ptr() != bucket.flat.data_ptr():
+            bucket.flat.copy_(mean)
+        sent = powersgd.total_numel_after_compression - before if compressed else bucket.flat.numel()
+        via.count_ring(sent * bucket.flat.element_size())
+
+    @torch.no_grad()
+    def _end(self) -> None:
+        """The backward pass is over: send what is left, wait for all, and hand the means out."""
+        with self._lock:
+            if not self._open:
+                return
+            while self._next < len(self._buckets):
+                self._send_next()
+            used = self._used()
+            for bucket in self._buckets:
+                if bucket.work is not None:
+                    mean, work = bucket.work
+                    self.collectives.wait(work, OPERATION)
+                    if mean is not bucket.flat:
+                        bucket.flat.copy_(mean)
+            self._finish(*used)
+
+    def _used(self) -> tuple[torch.Tensor, Any]:
+        """Begin to sum, over the ranks, the shares, and how many have a gradient for each parameter."""
+        total = self._flags.clone()
+        if self._share is not None:
+            total[0] = self._share * self.collectives.size
+        start = 1
+        for bucket in self._buckets:
+            if bucket.without:
+                total[[start + number for number in bucket.without]] = 0.0
+            start += len(bucket.parameters)
+        return total, self.collectives.begin_sum_(total, OPERATION)
+
+    def _finish(self, total: torch.Tensor, work: Any) -> None:
+        via = self.collectives
+        self.collectives.wait(work, OPERATION)
+        on_host = total.device.type == "cpu"
+        if not on_host or float(total[0]) not in (0.0, float(via.size)):  # reading it would make a GPU wait
+            scale = via.size / total[0].clamp_min(torch.finfo(torch.float32).tiny)
+            for bucket in self._buckets:
+                bucket.flat.mul_(scale.to(bucket.flat.dtype))
+        self.weight = None if self._share is None or not on_host else self._share * via.size / (float(total[0]) or 1.0)
+        missing = any(bucket.without for bucket in self._buckets)
+        counts = (total[1:] > 0).tolist() if missing else [True] * (len(total) - 1)
+        start = 0
+        for bucket in self._buckets:
+            if bucket.own is not None and self._notes is not None:
+                self._notes.averaged(bucket.own, bucket.flat)
+            bucket.hand_out(counts[start : start + len(bucket.parameters)])
+            start += len(bucket.parameters)
+        self._open, self._averaged = False, True
+        if via.clock is not None:
+            via.clock.overlap_ends()
+
+    def join(self) -> bool:
+        """Before an update: where no backward pass of this step averaged gradients, take part with what is there.
+
+        Returns:
+            Whether this rank only joined in.
+        """
+        self.recover()
+        if not self.on or self._averaged or self._quiet:
+            return False
+        self._start()
+        self._end()
+        return True
+
+    def recover(self) -> None:
+        """Outside a backward pass: end what one began that was broken off by an error, since the others wait for it."""
+        if self._open and torch._C._current_graph_task_id() == -1:
+            self._end()
+
+    def end_step(self) -> None:
+        """A local step is over."""
+        self.recover()
+        self._averaged, self._share = False, None
+
+    # ---- what compression owes
+
+    def _hand_over(self, powersgd: PowerSGDState, bucket: Bucket) -> None:
+        """Let the compressor make good what one before it owed of this bucket, as it first compresses it."""
+        if bucket.number in self._compressed:
+            return
+        self._compressed.add(bucket.number)
+        owed = [self._owed.pop(self._places[id(parameter)], None) for parameter in bucket.parameters]
         if any(part is not None for part in owed):
-            zeros = (parameter.new_zeros(parameter.numel()) for parameter in parameters)
-            powersgd.error_dict[bucket.index()] = torch.cat(
-                [zero if part is None else part for part, zero in zip(owed, zeros, strict=True)]
-            )
+            zeros = (torch.zeros_like(part) for part in bucket.parts)
+            error = torch.zeros_like(bucket.flat)
+            for place, part, zero in zip(_offsets(bucket), owed, zeros, strict=True):
+                error[place] = zero.view(-1) if part is None else part
+            powersgd.error_dict[bucket.number] = error
 
     def _all_owed(self) -> dict[int, torch.Tensor]:
-        """What compression lost of gradients so far, flat, by the parameter's number."""
+        """What compression lost of gradients so far, flat, by the parameter's place."""
         owed = dict(self._owed)
-        for index, lost in self._powersgd.error_dict.items() if self._powersgd is not None else ():
-            parameters = self._buckets[index]
-            parts = torch.split(lost, [parameter.numel() for parameter in parameters])
-            owed |= {self._numbers[id(each)]: part for each, part in zip(parameters, parts, strict=True)}
+        for number, lost in self._powersgd.error_dict.items() if self._powersgd is not None else ():
+            bucket = self._buckets[number]
+            places = _offsets(bucket)
+            owed |= {self._places[id(p)]: lost[place] for p, place in zip(bucket.parameters, places, strict=True)}
         return owed
 
     def state_dict(self) -> dict[str, Any]:
@@ -166,12 +362,45 @@ class GradientAverage:
         return {"owed": self._all_owed()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint; the wrapper is put on afresh after it."""
+        """Go on from a checkpoint; it is put on afresh after this."""
         self.take_off()
-        device = next(self.model.parameters()).device
-        self._owed = {number: part.to(device) for number, part in state["owed"].items()}
+        self._owed = dict(state["owed"])
 
 
-def _first(reduced: torch.futures.Future[Any]) -> torch.Tensor:
-    value: torch.Tensor = reduced.value()[0]
-    return value
+def _offsets(bucket: Bucket) -> list[slice]:
+    start, found = 0, []
+    for part in bucket.parts:
+        found.append(slice(start, start + part.numel()))
+        start += part.numel()
+    return found
+
+
+def _buckets(parameters: Sequence[torch.Tensor]) -> list[Bucket]:
+    """Parameters from the last to the first, as their gradients come, in buckets of one type and device."""
+    groups: list[list[torch.Tensor]] = []
+    filling: dict[Any, tuple[list[torch.Tensor], int]] = {}
+    for parameter in reversed(parameters):
+        kind = (parameter.dtype, parameter.device)
+        group, held = filling.get(kind, ([], 0))
+        most = FIRST_BUCKET_BYTES if len(groups) <= len(filling) else BUCKET_BYTES
+        if not group or held + parameter.nbytes > most:
+            group, held = [], 0
+            groups.append(group)
+        group.append(parameter)
+        filling[kind] = (group, held + parameter.nbytes)
+    return [_bucket(number, number == len(groups) - 1, group) for number, group in enumerate(groups)]
+
+
+def _bucket(number: int, last: bool, parameters: list[torch.Tensor]) -> Bucket:
+    flat = torch.zeros(
+        sum(parameter.numel() for parameter in parameters), dtype=parameters[0].dtype, device=parameters[0].device
+    )
+    views, parts, start = [], [], 0
+    for parameter in parameters:
+        part = flat[start : start + parameter.numel()]
+        strides = torch.empty_like(parameter, device="meta").stride()
+        views.append(flat.as_strided(parameter.shape, strides, start))
+        # PowerSGD looks for rows and columns, and knows no numbers without a dimension
+        parts.append(part.view(parameter.shape or (1,)) if not part.is_complex() else real_view(part).view(-1))
+        start += parameter.numel()
+    return Bucket(number, last, parameters, real_view(flat).view(-1), views, parts)

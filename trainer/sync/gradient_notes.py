@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from trainer.control.reports import SKETCH, SKETCH_NAMES
-from trainer.wire.flat import pieces
+from trainer.control.reports import SKETCH
+from trainer.wire.flat import piece_values, pieces, real_view
 
 TURNS = 256
 """Places at which the row of signs may begin."""
 CHANGE_WINDOW = 25
 """Noted steps over which the change of the gradient's norm is smoothed."""
-KEPT = ("_own", "_mean", "_count", "_steps", "_rest", "_sketch", "_apart", "_norm", "_change", "_weight")
+KEPT = (
+    *("_own", "_mean", "_weight_in_mean", "_count", "_steps"),
+    *("_rest", "_sketch", "_apart", "_norm", "_change", "_weight"),
+)
+Parameters = Sequence[torch.Tensor]
 
 
 class GradientNotes:
@@ -34,7 +38,7 @@ class GradientNotes:
     """
 
     def __init__(self, device: torch.device, rest_steps: int = 1, *, alone: bool = False) -> None:
-        self._signs = torch.empty(0, device=device)
+        self._signs = torch.empty(0, dtype=torch.float32, device=device)
         self._buckets: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._norm = self._change = self._weight = 0.0
         self._rest_steps, self._rest, self._alone = rest_steps, 0, alone
@@ -42,23 +46,29 @@ class GradientNotes:
 
     def begin(self) -> None:
         """Begin the next observation."""
-        self._own = self._mean = 0.0
+        self._own = self._mean = self._weight_in_mean = 0.0
         self._count = self._steps = 0
         self._sketch: list[float] | None = None
         self._apart = False
 
-    def look(self, gradients: Sequence[torch.Tensor | None], number: int, *, every: bool, apart: bool) -> None:
-        """In a local phase, before an update: note the observation's first gradient, and with `every` follow the
-        others' norms. `apart`: the replicas that this step's gradients are of were not one model."""
+    def look(self, parameters: Parameters, number: int, *, every: bool, apart: bool) -> None:
+        """In a local phase, before an update: note the observation's first gradient.
+
+        Args:
+            parameters: whose gradients are there.
+            number: turns the sketch's signs, so that errors average out.
+            every: follow the norms of the other steps' gradients, too.
+            apart: the replicas that this step's gradients are of were not one model.
+        """
         if not self._steps and not self._rest:
             self._rest = self._rest_steps
             self._apart = apart
             if self._alone:
-                self.follow(gradients)
+                self.follow(parameters)
             else:
-                self.note(gradients, number)
+                self.note(parameters, number)
         elif every:
-            self.follow(gradients)
+            self.follow(parameters)
 
     def end_step(self) -> None:
         """A local step is over, whether it was skipped or not."""
@@ -67,24 +77,22 @@ class GradientNotes:
         self._buckets = []
 
     @torch.no_grad()
-    def note(self, gradients: Sequence[torch.Tensor | None], number: int) -> None:
-        """Note this rank's own gradient in a local phase, by parameter; `number` turns the signs, so that errors
-        average out."""
-        found = _dense(gradients)
-        if not found:
+    def note(self, parameters: Parameters, number: int) -> None:
+        """Note this rank's own gradient in a local phase; a parameter without one counts as zeros."""
+        if all(parameter.grad is None for parameter in parameters):
             return
-        signs = self._signs_of(sum(each.numel() // SKETCH + 1 for each in found))[31 * number % TURNS :]
-        sketch, norms = torch.zeros(SKETCH, device=signs.device), []
-        for flat in (gradient.reshape(-1) for gradient in found):
-            for place in pieces(len(flat), flat.device):  # of whole rows; the second look at one finds it in a cache
-                piece = flat[place].float()
-                rows, rest = len(piece) // SKETCH, len(piece) % SKETCH
-                norms.append(torch.dot(piece, piece))
-                sketch += signs[:rows] @ piece[: rows * SKETCH].view(rows, SKETCH)
-                sketch[:rest] += signs[rows] * piece[rows * SKETCH :]
-                signs = signs[rows + (rest > 0) :]
+        count = sum(parameter.numel() * (2 if parameter.is_complex() else 1) for parameter in parameters)
+        signs = self._signs_of(count // SKETCH + len(parameters) + 1)[31 * number % TURNS :]
+        sketch, norms = torch.zeros(SKETCH, dtype=torch.float32, device=signs.device), []
+        for some in _gradient_pieces(parameters):
+            piece = some.float()
+            rows, rest = len(piece) // SKETCH, len(piece) % SKETCH
+            norms.append(torch.dot(piece, piece))
+            sketch += signs[:rows] @ piece[: rows * SKETCH].view(rows, SKETCH)
+            sketch[:rest] += signs[rows] * piece[rows * SKETCH :]
+            signs = signs[rows + (rest > 0) :]
         sq_norm = float(torch.stack(norms).double().sum())
-        if math.isnan(sq_norm):
+        if not math.isfinite(sq_norm):
             return
         self._follow(sq_norm)
         self._count += 1
@@ -99,10 +107,12 @@ class GradientNotes:
         return self._signs
 
     @torch.no_grad()
-    def follow(self, gradients: Sequence[torch.Tensor | None]) -> None:
-        """Note how the gradient's norm changes; sparse gradients are left out."""
-        if found := _dense(gradients):
-            self._follow(float(torch.stack(torch._foreach_norm(found)).double().square().sum()))
+    def follow(self, parameters: Parameters) -> None:
+        """Note how the gradient's norm changes."""
+        found = [_dense(parameter.grad) for parameter in parameters if parameter.grad is not None]
+        if found:
+            norms = torch._foreach_norm(found)
+            self._follow(float(torch.stack([norm.double() for norm in norms]).square().sum()))
 
     def bucket(self, own: torch.Tensor) -> torch.Tensor | None:
         """At period 1, in an observation's first step: the squared norm of a bucket of this rank's gradient, before it
@@ -113,20 +123,33 @@ class GradientNotes:
         """At period 1: what `bucket` said, and the averaged bucket. Buckets may end in any order, on any stream."""
         self._buckets.append((own, _squared(mean)))
 
-    def sum_up(self, scale: float = 1.0) -> None:
-        """At period 1, once the gradients are there: sum up the noted step; `scale` is the loss scaler's."""
+    def sum_up(self, scale: float = 1.0, weight: float | None = None) -> None:
+        """At period 1, once the gradients are there: sum up the noted step.
+
+        Args:
+            scale: the loss scaler's.
+            weight: of this rank's gradient in the mean; None: one of N.
+        """
         if self._buckets:
             own, mean = (float(torch.stack(norms).sum()) / scale**2 for norms in zip(*self._buckets, strict=True))
             self._buckets = []
             self._own, self._mean, self._count = self._own + own, self._mean + mean, self._count + 1
+            self._weight_in_mean = math.nan if weight is None else weight
             self._follow(own)
 
-    def header(self) -> dict[str, float]:
-        """What the others are told: squared norms as means over the noted steps, NaN where there are none."""
-        own = self._own / self._count if self._count else math.nan
-        mean = self._mean / self._count if self._count and self._sketch is None else math.nan
-        told = {"grad_sq": own, "mean_grad_sq": mean, "grad_change": self.change, "grad_apart": self._apart}
-        return told | dict(zip(SKETCH_NAMES, self._sketch or [0.0] * SKETCH, strict=True))
+    def noted(self) -> dict[str, Any]:
+        """The fields of a Report: squared norms as means over the noted steps, NaN where there are none."""
+        return {
+            "grad_sq": self._own / self._count if self._count else math.nan,
+            "mean_grad_sq": self._mean / self._count if self._count and self._sketch is None else math.nan,
+            "grad_weight": self._weight_in_mean or math.nan,
+            "grad_change": self.change,
+            "grad_apart": self._apart,
+        }
+
+    def sketch(self) -> list[float]:
+        """The noted gradient's sketch; zeros where none was noted."""
+        return self._sketch or [0.0] * SKETCH
 
     @property
     def change(self) -> float:
@@ -152,11 +175,33 @@ class GradientNotes:
             setattr(self, name, state[name.lstrip("_")])
 
 
-def _dense(gradients: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
-    """Those that are there and not sparse."""
-    return [each for each in gradients if each is not None and not each.is_sparse]
+def _dense(gradient: torch.Tensor) -> torch.Tensor:
+    return gradient if gradient.layout == torch.strided else gradient.to_dense()
+
+
+def _gradient_pieces(parameters: Parameters) -> Iterator[torch.Tensor]:
+    """All gradients in a row, flat and real, in pieces of whole parameters or whole sketch rows.
+
+    A model of thousands of small tensors so takes a few operations, not a few for each.
+    """
+    held: list[torch.Tensor] = []
+    count, size = 0, piece_values(parameters[0].device)
+    for parameter in parameters:
+        gradient = torch.zeros_like(parameter) if parameter.grad is None else _dense(parameter.grad)
+        flat = real_view(gradient.detach()).reshape(-1)
+        if held and (count + len(flat) > size or held[0].dtype != flat.dtype or held[0].device != flat.device):
+            yield torch.cat(held)
+            held, count = [], 0
+        if len(flat) > size:
+            yield from (flat[place] for place in pieces(len(flat), flat.device))
+        else:
+            held.append(flat)
+            count += len(flat)
+    if held:
+        yield torch.cat(held)
 
 
 def _squared(flat: torch.Tensor) -> torch.Tensor:
-    norm: torch.Tensor = torch.linalg.vector_norm(flat.detach(), dtype=torch.float32)
+    wide = torch.promote_types(flat.dtype, torch.float32)
+    norm: torch.Tensor = torch.linalg.vector_norm(flat.detach(), dtype=wide)
     return norm.double().square()

@@ -15,21 +15,25 @@ from torch.optim import Optimizer
 
 from trainer.config.sync import SyncConfig, check_plans, check_scaler
 from trainer.control.controller import Controller
-from trainer.control.reports import compare
+from trainer.control.reports import Total
 from trainer.control.rounds import Round, Rounds
 from trainer.data import ShardStream
+from trainer.distributed.board import told
 from trainer.distributed.clock import Clock
 from trainer.distributed.collectives import Collectives
+from trainer.distributed.launcher import node_name
 from trainer.distributed.world import World
+from trainer.errors import ConfigError, MismatchError
 from trainer.plan import Plan
 from trainer.policies import Policy
-from trainer.sync.averager import Averager
+from trainer.sync.averager import Averager, share
 from trainer.sync.consensus import consensus_model
 from trainer.sync.early_end import EarlyEnd
 from trainer.sync.gradient_average import GradientAverage
 from trainer.sync.progress import Progress
 from trainer.sync.replica import Replica
 from trainer.sync.scaled_rate import ScaledRate
+from trainer.sync.synced_model import SyncedModel
 from trainer.sync.timetable import Timetable
 from trainer.sync.transition import Transition
 
@@ -37,8 +41,8 @@ from trainer.sync.transition import Transition
 class LocalSGD:
     """Local SGD under a synchronization controller, in a loop of the user's own.
 
-    Inside the `with` block every rank starts from rank 0's model. `model` is what to call: while the Plan's period is
-    1 its gradients are averaged during the backward pass (DDP); while it is longer nothing is sent until `step` has
+    Inside the `with` block every rank starts from rank 0's model. While the Plan's period is 1, gradients are averaged
+    during the backward pass, as DistributedDataParallel does. While it is longer nothing is sent until `step` has
     counted a round's local steps and averages the parameters, weighted by samples.
 
         policy = Alternating(small=Plan(32, sync_period_steps=16), large=Plan(256, sync_period_steps=1))
@@ -52,14 +56,19 @@ class LocalSGD:
     controller changes the Plan at the next round's end.
 
     Args:
-        model: on its device, before any DDP wrapper.
+        model: on its device, not wrapped and not sharded. Every rank builds the same one; values may differ.
         optimizer: over the model's parameters; its learning rates are scaled during `optimizer.step()` only, so any
             scheduler may set them.
         policy: the rule that plans batch and period.
         settings: what is averaged, and how.
         world: this rank among all; by default the process group that is there, else a world of one.
+        group: the process group of the ranks that train together, where it is not all of them; every one of its ranks,
+            and no other, makes a LocalSGD.
         clock: where waits are counted.
         scaler: the loss scaler of a loop in fp16, which must be one on all ranks at period 1.
+
+    Raises:
+        ConfigError: what cannot be averaged, or does not go together; names it, with the mend.
     """
 
     def __init__(
@@ -70,42 +79,69 @@ class LocalSGD:
         *,
         settings: SyncConfig = SyncConfig(),  # noqa: B008  # frozen
         world: World | None = None,
+        group: Any = None,
         clock: Clock | None = None,
         scaler: torch.amp.GradScaler | None = None,
     ) -> None:
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
         check_plans(settings, policy.plans())
         check_scaler(settings, used=self._scaler is not None)
-        device = next(model.parameters()).device
-        self.world = world or World.current(device)
-        if settings.ranks_per_node is not None:
-            self.world = self.world.with_nodes_of(settings.ranks_per_node)
+        if isinstance(model, SyncedModel):  # of a LocalSGD before
+            model = model.module
+        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+        self.world = world or World.current(device, group)
         self.clock = clock or Clock(device)
         self.settings = settings
         self.optimizer = optimizer
-        self.collectives = Collectives(self.world, self.clock, settings.bucket_bytes)
-        self.replica = Replica(model, optimizer, self.collectives)
         self.controller = Controller(policy)
-        self._averager = Averager(self.replica, settings, self.collectives, self.clock)
-        self._parallel = GradientAverage(model, settings.gradient_format)
-        self._told = Rounds(self.controller)
-        self._progress = Progress(self.replica, self._told, self.collectives, self.clock, settings.observe_steps)
-        self._early = EarlyEnd(self.replica, self._progress.notes, self.collectives)
-        self._timetable = Timetable(self._averager, settings, self._told, self._progress)
-        self._transition = Transition(
-            self.replica, self._averager, self._timetable, self._parallel, self._progress.notes, settings, self._scaler
-        )
+        self.collectives = Collectives(self._levelled(self.world), self.clock, settings.bucket_bytes)
+        self.world = self.collectives.world
+        self._inside = False
         self._batch_samples: int | None = None
-        self._rate = ScaledRate(optimizer, self._before_update)
+        self.replica = Replica(model, optimizer, self.collectives, keeps_state=settings.state != "average")
+        averages_gradients = [plan for plan in policy.plans() if plan.averages == "gradients"]
+        _check_optimizer(optimizer, averages_gradients=bool(averages_gradients) and self.world.size > 1)
+        self._gradients = GradientAverage(settings.gradient_format)
+        splits = bool(averages_gradients or settings.node_period_steps == 1) and self.world.size > 1
+        self.model: nn.Module = SyncedModel(model, self._gradients, splits_graphs=splits)
+        """The model to call: one object for the whole run, in all phases."""
+        self._wire_up()
+
+    def _wire_up(self) -> None:
+        """The collaborators, each made of those before it."""
+        self._averager = Averager(self.replica, self.settings, self.collectives, self.clock)
+        self._told = Rounds(self.controller)
+        self._progress = Progress(self.replica, self._told, self.collectives, self.clock, self.settings)
+        self._early = EarlyEnd(self.replica, self._progress.notes, self.collectives)
+        self._timetable = Timetable(self._averager, self.settings, self._told, self._progress)
+        averaging = self.replica, self._averager, self._timetable, self._gradients
+        self._transition = Transition(*averaging, self._progress.notes, self.settings, self._scaler)
+        self._rate = ScaledRate(self.optimizer, self._before_update)
+
+    def _levelled(self, world: World) -> World:
+        """The world with its nodes, where averages have two levels."""
+        if self.settings.ranks_per_node is not None:
+            return world.with_nodes_of(self.settings.ranks_per_node)
+        if self.settings.node_period_steps is None or world.size == 1:
+            return world
+        return world.with_nodes(Collectives(world, None, self.settings.bucket_bytes).gather_objects(node_name()))
 
     # ---- entering and leaving
 
     def __enter__(self) -> LocalSGD:
-        self._rate.open()
-        self.replica.make_one()
-        self._averager.open()
-        self._enter_plan(self.plan)
-        self.rewrap()
+        if self._inside:
+            raise RuntimeError("LocalSGD is entered already: leave its `with` block before the next one begins")
+        self._inside = True
+        try:
+            self._rate.open()
+            self.replica.make_one()
+            self._averager.open()
+            self._transition.enter(self.plan, self.plan)
+            self.rewrap()
+            self._early.begin_round(self.plan)
+        except BaseException as error:
+            self._leave(error)
+            raise
         self.clock.start()
         return self
 
@@ -113,20 +149,33 @@ class LocalSGD:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            if kind is None:
+            if error is None:
+                last = self.local_step
+                self.world.board.say(f"ended its loop after local step {last}", after_step=last)
                 self.finish()
+        except BaseException as late:
+            error = late
+            raise
         finally:
-            self.clock.stop()
-            self._averager.close()
-            self._parallel.take_off()
-            self._rate.close()
+            self._leave(error)
+
+    def _leave(self, error: BaseException | None) -> None:
+        if error is not None:
+            self.world.board.say(told(error))
+        self.clock.stop()
+        self._averager.close()
+        self._gradients.take_off()
+        self._rate.close()
+        self.replica.release()
+        self._inside = False
+
+    def _require_inside(self, what: str) -> None:
+        if not self._inside:
+            raise RuntimeError(
+                f"sync.{what} was called outside its block: put the loop inside `with LocalSGD(...) as sync`"
+            )
 
     # ---- what the loop reads
-
-    @property
-    def model(self) -> nn.Module:
-        """What to call in the forward pass; ask for it at every step, since a new Plan may change it."""
-        return self._parallel.module
 
     @property
     def plan(self) -> Plan:
@@ -158,15 +207,19 @@ class LocalSGD:
         """The factor that the next `optimizer.step()` puts on the learning rate."""
         return self._progress.lr_scale
 
-    def _before_update(self) -> float:
-        """The optimizer has all its gradients, and asks by what to scale its rate."""
+    def _before_update(self, with_closure: bool) -> float:
+        """The optimizer is about to step, and asks by what to scale its rate."""
         self.clock.overlap_ends()
-        if not self._parallel.on:
-            gradients = [p.grad for p in self.replica.parameters]
+        if not with_closure:  # else it computes the gradients itself
+            self._gradients.join()
+        self._progress.updates += 1
+        notes = self._progress.notes
+        if self.plan.averages == "gradients":
+            scale = self._scaler.get_scale() if self._scaler is not None else 1.0
+            notes.sum_up(scale, self._gradients.weight)
+        elif not self._gradients.on:
             every, apart = self.plan.early_end == "gradient_change", not self._timetable.are_one
-            self._progress.notes.look(gradients, self.rounds, every=every, apart=apart)
-        elif self.plan.sync_period_steps == 1:
-            self._progress.notes.sum_up(self._scaler.get_scale() if self._scaler is not None else 1.0)
+            notes.look(self.replica.parameters, self.rounds, every=every, apart=apart)
         return self.lr_scale
 
     def batches(self, dataset: Any, samples: int | None = None, *, seed: int = 0) -> Iterator[tuple[Any, Any]]:
@@ -190,7 +243,7 @@ class LocalSGD:
 
     def no_sync(self) -> AbstractContextManager[None]:
         """For all but the last of the micro-batches that make up a local step: gradients stay on this rank."""
-        return self._parallel.no_sync()
+        return self._gradients.no_sync()
 
     # ---- one local step
 
@@ -200,48 +253,68 @@ class LocalSGD:
         Inside a longer period each rank answers for itself, without a message; at period 1 a gradient is everybody's,
         so one rank's bad loss makes every rank skip.
         """
-        if not self._parallel.on:
+        if not self._gradients.on:
             return lambda: math.isfinite(loss.item())
-        vote = self._parallel.collectives.begin_sum(loss)
+        via = self._gradients.collectives
+        vote = via.begin_sum(loss)
 
         def answer() -> bool:
             self.clock.overlap_ends()  # the backward pass, which this follows, has waited for the last gradient
-            return math.isfinite(self._parallel.collectives.end_sum(vote))
+            return math.isfinite(via.end_sum(vote))
 
         return answer
 
     def step(
         self,
-        loss: torch.Tensor,
+        loss: torch.Tensor | float,
         samples: int | None = None,
         *,
         skipped: bool = False,
+        correct: torch.Tensor | None = None,
         right: torch.Tensor | None = None,
     ) -> list[Round]:
         """Count one local step; take what is due, and at a round's end average, decide, and enter the next Plan.
 
         Args:
-            loss: this step's mean loss on this rank (0-dim).
+            loss: this step's mean loss on this rank (one number).
             samples: trained in this step by this rank; known already for batches of `batches`.
             skipped: the optimizer was not stepped; the step counts all the same, on every rank.
-            right: how many of the samples were classified rightly (0-dim), for policies that look at it.
+            correct: how many of the samples were classified correctly (0-dim), for policies that look at it.
+            right: an earlier name of `correct`.
 
         Returns:
             The rounds that the controller has now heard of, mostly none: at a round's end the round itself, or with a
             delay the one before it; at period 1 one every `observe_steps` steps.
+
+        Raises:
+            ConfigError: no samples known, or a loss that is no single number.
+            MismatchError: ranks disagree about where they are.
+            PeerError: a peer left.
         """
-        self.clock.overlap_ends()
+        self._require_inside("step")
+        count, mean = self._counted(samples), _one_number(loss)
+        with torch.inference_mode(mode=False):
+            return self._step(mean, count, skipped=skipped, correct=correct if correct is not None else right)
+
+    def _counted(self, samples: int | None) -> int:
         count = samples if samples is not None else self._batch_samples
-        if count is None:
-            raise ValueError("samples = None: pass sync.step(loss, samples=...) for batches of a loader of your own")
         self._batch_samples = None
-        if skipped and self._parallel.on:
-            self._parallel.forget()
-        if self._timetable.are_one:
-            self._progress.samples_apart = 0
-        self._progress.count(loss, count, skipped=skipped, right=right)
-        self._timetable.are_one &= self.plan.sync_period_steps == 1
-        if self.plan.sync_period_steps <= 1:
+        if count is None:
+            raise ConfigError("samples = None: pass sync.step(loss, samples=...) for batches of a loader of your own")
+        if isinstance(count, bool) or int(count) != count or count < 0:
+            raise ConfigError(f"samples = {count!r}: must be the number of samples of this step, 0 or more")
+        return int(count)
+
+    def _step(self, loss: torch.Tensor, count: int, *, skipped: bool, correct: torch.Tensor | None) -> list[Round]:
+        self.clock.overlap_ends()
+        if skipped and self._gradients.on:
+            self._gradients.forget()
+        self._gradients.join()  # a rank that had nothing to train takes part all the same
+        self._gradients.end_step()
+        self._timetable.stepped(self.plan, count)
+        self._progress.count(loss, count, skipped=skipped, correct=correct)
+        self.world.board.step = self.local_step + 1
+        if self.plan.averages != "parameters":
             return self._end_lone_step()
         self._timetable.land()
         if self._progress.round_steps >= self.plan.sync_period_steps:
@@ -259,27 +332,34 @@ class LocalSGD:
     def finish(self) -> list[Round]:
         """End the open round early, take what is under way, and make the replicas one model."""
         ended = self.settle()
-        self._timetable.make_one()
+        with torch.inference_mode(mode=False):
+            self._timetable.make_one()
+            self.replica.unite(buffers=self.settings.batch_norm == "average")
         return ended
 
     def settle(self) -> list[Round]:
-        """The same, as an evaluation needs it: where the Plan never averages, the replicas stay apart."""
-        if self.plan.sync_period_steps <= 1:
-            return self._observe() if self._progress.ledger.steps else []
-        ended = [] if self.between_rounds else self._end_round()
-        self._timetable.make_one()
-        return ended + self._hear()
+        """End the open round early, and take what is under way, so that an evaluation may follow.
+
+        Where the Plan never averages, the replicas stay apart.
+        """
+        self._require_inside("settle")
+        with torch.inference_mode(mode=False):
+            if self.plan.averages != "parameters":
+                return self._observe() if self._progress.ledger.steps else []
+            ended = [] if self.between_rounds else self._end_round()
+            self._timetable.make_one()
+            return ended + self._hear()
 
     def ask_to_stop(self) -> None:
         """Make all ranks stop at the next observation: `batches` ends on each, and `stopping` is true."""
         self._progress.stop_asked = True
 
     @contextmanager
-    def consensus(self, calibration: Iterable[torch.Tensor] = ()) -> Iterator[nn.Module]:
+    def consensus(self, calibration: Iterable[Any] = ()) -> Iterator[nn.Module]:
         """The consensus model, in evaluation mode and the same on every rank; settles first.
 
         Call `settle` before it to have the rounds that end so. Where the Plan never averages, the replicas are
-        averaged for the block's time only.
+        averaged for the block's time only. Every module has its own mode again after the block.
 
         Args:
             calibration: inputs of this rank for `batch_norm = recalibrate`.
@@ -312,16 +392,33 @@ class LocalSGD:
 
     def _observe(self) -> list[Round]:
         """At period 1 or 0: compare and decide."""
-        headers = self.collectives.gather(self._progress.report())
-        compare(headers)
-        if self.plan.sync_period_steps == 1 and len({header["samples"] for header in headers}) > 1:
+        total = share(self._progress.report(), self.collectives)
+        self._timetable.heard(total)
+        if self.plan.averages == "gradients":
+            self._check_equal(total)
+        self._told.tell(total)
+        return self._hear()
+
+    def _check_equal(self, total: Total) -> None:
+        """At period 1 replicas must stay one: the same rates, the same updates, gradients weighted as they should be.
+
+        Raises:
+            MismatchError: learning rates differ.
+        """
+        if "rates" in total.differing:
+            groups = [float(group["lr"]) for group in self.optimizer.param_groups]
+            sides = "; ".join(f"rank {r}: {rates}" for r, rates in enumerate(self.collectives.gather_objects(groups)))
+            raise MismatchError(
+                f"learning rates differ between ranks at period 1, where replicas must stay one: {sides}"
+            )
+        if "updates" in total.differing:
+            self._transition.mend(self.plan)
+        if len(set(total.samples_by_rank)) > 1 and self._gradients.weight is None:
             warnings.warn(
                 "ranks trained different numbers of samples at period 1, where gradients are averaged with equal "
-                "weights: give every rank batches of one size, or drop the last",
-                stacklevel=4,
+                "weights: take batches from sync.batches(loader), or give every rank batches of one size",
+                stacklevel=5,
             )
-        self._told.tell(headers)
-        return self._hear()
 
     def _hear(self) -> list[Round]:
         """Let the controller hear what was told, and enter the Plan that it answers with."""
@@ -332,12 +429,16 @@ class LocalSGD:
 
     def _enter_plan(self, before: Plan) -> None:
         """Make the ranks ready for the current Plan, after this one."""
-        self._transition.enter(self.plan, before, no_gradient=self._told.no_gradient)
+        if self._timetable.layout_changed:
+            self._early.forget()
+            self._transition.relayout(before)
+            self._timetable.layout_mended()
+        self._transition.enter(self.plan, before)
         self._early.begin_round(self.plan)
 
     def rewrap(self) -> None:
-        """Put DDP afresh round the model where gradients are averaged, as a run resumed from here does."""
-        self._transition.wrap(self.plan, no_gradient=self._told.no_gradient)
+        """Begin gradient averaging afresh where it is on, as a run resumed from here does."""
+        self._transition.wrap(self.plan)
 
     # ---- checkpoints
 
@@ -348,7 +449,7 @@ class LocalSGD:
             "told": self._told.state_dict(),
             "early": self._early.state_dict(),
             "averager": self._averager.state_dict(),
-            "gradients": self._parallel.state_dict(),
+            "gradients": self._gradients.state_dict(),
             "timetable": self._timetable.state_dict(),
             "sent_bytes": self.collectives.sent_bytes,
             "clock": self.clock.state_dict(),
@@ -356,13 +457,40 @@ class LocalSGD:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint: called inside the `with` block, once model and optimizer are loaded."""
+        self._require_inside("load_state_dict")
         self._progress.load_state_dict(state["progress"])
         self._told.load_state_dict(state["told"])
         self._averager.use(self.settings.under(self.plan))
         self._averager.load_state_dict(state["averager"])
-        self._parallel.load_state_dict(state["gradients"])
+        self._gradients.load_state_dict(state["gradients"])
         self._early.load_state_dict(state["early"])
         self._timetable.load_state_dict(state["timetable"])
         self.collectives.sent_bytes = state["sent_bytes"]
         self.clock.load_state_dict(state["clock"])
         self.rewrap()
+
+
+def _check_optimizer(optimizer: Optimizer, *, averages_gradients: bool) -> None:
+    """Refuse what replicas cannot stay one with.
+
+    Raises:
+        ConfigError: a line search, which compares losses that are each rank's own.
+    """
+    searches = [group for group in optimizer.param_groups if group.get("line_search_fn") is not None]
+    if averages_gradients and searches:
+        raise ConfigError(
+            f"optimizer has line_search_fn = {searches[0]['line_search_fn']!r}: ranks would search differently at "
+            "period 1; set it to None, or choose a policy without period 1"
+        )
+
+
+def _one_number(loss: Any) -> torch.Tensor:
+    """The mean loss as a 0-dim tensor."""
+    if not torch.is_tensor(loss):
+        try:
+            return torch.tensor(float(loss), dtype=torch.float32)
+        except (TypeError, ValueError):
+            raise ConfigError(f"loss = {loss!r}: must be the batch's mean loss, one number or a 0-dim tensor") from None
+    if loss.numel() != 1 or loss.is_complex():
+        raise ConfigError(f"loss is a tensor of shape {tuple(loss.shape)}: must be the batch's mean loss, one number")
+    return loss.detach().reshape(())

@@ -92,6 +92,11 @@ class Outer:
         self._rule.direct(delta.div_(unit), moments, self._beta)
         return delta.mul_(self._lr * unit)
 
+    def take(self, other: Outer) -> None:
+        """Go on with another's moments of as many values."""
+        for name, moment in self._moments.items():
+            moment.copy_(other._moments[name])
+
     def forget(self) -> None:
         """Begin anew: what was averaged before says nothing of what follows."""
         for name, moment in self._moments.items():

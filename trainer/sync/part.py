@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -172,6 +173,17 @@ class Part:
             self._outgoing = outgoing.zero_() if delayed else None
         self.agreed_sq_norm = (norm if self._base is None else agreed_norm).item()
         return norm.item()
+
+    def replace(self, *, delayed: bool) -> None:
+        """Take the average in place of values that are not finite."""
+        agreed = self._sent(delayed=delayed) if self._base is None else self._base
+        if agreed is not self.values:
+            self.values.copy_(agreed)
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether all values are finite, and their squares too."""
+        return math.isfinite(_squared(self.values).item())
 
     def land(self, *, delayed: bool, progressed: bool, wholly: bool) -> None:
         """Take the average, or as much of it as `mixing` says, and keep the progress made since the snapshot."""

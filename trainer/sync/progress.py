@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 
-from trainer.control.reports import Header
+from trainer.config.sync import SyncConfig
+from trainer.control.reports import Report
 from trainer.control.rounds import Rounds
 from trainer.distributed.clock import Clock
 from trainer.distributed.collectives import Collectives
@@ -28,11 +29,11 @@ class Progress:
         told: what the ranks have told one another; it knows the controller, and so the Plan.
         collectives: whose bytes are counted.
         clock: this rank's.
-        observe_steps: the fewest local steps between two notes of a local phase's gradients.
+        settings: the fewest local steps between two notes of a local phase's gradients, and what goes along.
     """
 
     def __init__(
-        self, replica: Replica, told: Rounds, collectives: Collectives, clock: Clock, observe_steps: int
+        self, replica: Replica, told: Rounds, collectives: Collectives, clock: Clock, settings: SyncConfig
     ) -> None:
         self._replica, self._told, self._collectives, self._clock = replica, told, collectives, clock
         device = replica.parameters[0].device
@@ -41,13 +42,14 @@ class Progress:
         """Rounds that have ended."""
         self.round_steps = 0
         """Local steps of the open round."""
-        self.samples_apart = 0
-        """Trained by this rank since the replicas were last one."""
+        self.updates = 0
+        """Optimizer steps of the observation that is being gathered."""
         self.transfer_s = math.nan
         """Seconds that this rank's latest transfer took; NaN before the first."""
         self.stop_asked = False
         self.ledger = Ledger(device)
-        self.notes = GradientNotes(device, observe_steps, alone=collectives.size == 1)
+        self.notes = GradientNotes(device, settings.observe_steps, alone=collectives.size == 1)
+        self._sends_buffers = settings.batch_norm == "average"
 
     @property
     def plan(self) -> Plan:
@@ -66,13 +68,12 @@ class Progress:
         return self._told.controller.lr_scale(self._told.planned(here, self._collectives.size))
 
     def count(
-        self, loss: torch.Tensor, samples: int, *, skipped: bool = False, right: torch.Tensor | None = None
+        self, loss: torch.Tensor, samples: int, *, skipped: bool = False, correct: torch.Tensor | None = None
     ) -> None:
         """One local step is done; the arguments are `Ledger.count`'s."""
         self.local_step += 1
         self.round_steps += 1
-        self.samples_apart += samples
-        self.ledger.count(loss, samples, skipped=skipped, right=right)
+        self.ledger.count(loss, samples, skipped=skipped, correct=correct)
         self.notes.end_step()
 
     def end_round(self) -> None:
@@ -80,39 +81,47 @@ class Progress:
         self.rounds += 1
         self.round_steps = 0
 
-    def place(self) -> Header:
+    def place(self) -> Report:
         """What ranks compare and weigh an average by, as it is now."""
-        return self._place(self._clock.read())
+        plan, times, optimizer = self.plan, self._clock.read(), self._replica.optimizer
+        rates = [float(group["lr"]) * self.lr_scale for group in optimizer.param_groups]
+        return Report(
+            round=self.rounds,
+            step=self.local_step,
+            batch=plan.batch_per_rank,
+            period=plan.sync_period_steps,
+            lr_scale=plan.lr_scale,
+            plan=zlib.crc32(repr(plan).encode()),
+            rates=zlib.crc32(repr(rates).encode()),
+            updates=self.updates,
+            lr=rates[0],
+            transfer_s=self.transfer_s,
+            samples=self.ledger.samples,
+            steps=self.ledger.steps,
+            compute_s=times["compute_s"] - self.ledger.compute_from_s,
+            wait_s=times["sync_wait_s"] - self.ledger.wait_from_s,
+        )
 
-    def report(self) -> Header:
+    def report(self) -> Report:
         """This rank's share of the observation that ends here, for the others; the next one begins."""
         times, sent_bytes = self._clock.read(), self._collectives.sent_bytes
-        header = self._place(times) | {
-            "stop": self.stop_asked,
-            "no_gradient": self._replica.without_gradient(),
-            "layout": self._replica.layout_digest(),
-            "memory": memory_share(self._collectives.world.device, self._collectives.world.local_size),
-            **self.ledger.header(sent_bytes),
-            **self.notes.header(),
-        }
-        self._told.send(header)
+        averages, world = self.plan.averages, self._collectives.world
+        report = replace(
+            self.place(),
+            stop=self.stop_asked,
+            state_layout=self._replica.state_layout(),
+            changed=self._replica.changed(),
+            moved_layout=self._replica.moved_layout(buffers=self._sends_buffers and averages == "parameters"),
+            memory=memory_share(world.device, world.local_size),
+            sketch=None if averages == "gradients" else self.notes.sketch(),
+            **self.ledger.reported(sent_bytes),
+            **self.notes.noted(),
+        )
+        self._told.send(report)
         self.ledger.begin(times, sent_bytes)
         self.notes.begin()
-        return header
-
-    def _place(self, times: Mapping[str, float]) -> Header:
-        plan = self.plan
-        return {
-            "round": self.rounds,
-            "step": self.local_step,
-            "batch": plan.batch_per_rank,
-            "period": plan.sync_period_steps,
-            "lr_scale": plan.lr_scale,
-            "plan": zlib.crc32(repr(plan).encode()),
-            "lr": self._replica.optimizer.param_groups[0]["lr"] * self.lr_scale,
-            "transfer_s": self.transfer_s,
-            **self.ledger.place(times),
-        }
+        self.updates = 0
+        return report
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint."""
@@ -120,7 +129,7 @@ class Progress:
             "local_step": self.local_step,
             "rounds": self.rounds,
             "round_steps": self.round_steps,
-            "samples_apart": self.samples_apart,
+            "updates": self.updates,
             "transfer_s": self.transfer_s,
             "ledger": self.ledger.state_dict(),
             "notes": self.notes.state_dict(),
@@ -128,7 +137,7 @@ class Progress:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint."""
-        for name in ("local_step", "rounds", "round_steps", "samples_apart", "transfer_s"):
+        for name in ("local_step", "rounds", "round_steps", "updates", "transfer_s"):
             setattr(self, name, state[name])
         self.ledger.load_state_dict(state["ledger"])
         self.notes.load_state_dict(state["notes"])
@@ -151,17 +160,17 @@ class Ledger:
     wait_from_s: float = 0.0
     sent_from_bytes: float = 0.0
     _loss_sum: torch.Tensor = field(init=False)
-    _right_sum: torch.Tensor = field(init=False)
+    _correct_sum: torch.Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         # on the device, so that counting a step waits for nothing
-        self._loss_sum = torch.zeros((), device=self.device)
-        self._right_sum = torch.zeros((), device=self.device)
+        self._loss_sum = torch.zeros((), dtype=torch.float32, device=self.device)
+        self._correct_sum = torch.zeros((), dtype=torch.float32, device=self.device)
 
     def count(
-        self, loss: torch.Tensor, samples: int, *, skipped: bool = False, right: torch.Tensor | None = None
+        self, loss: torch.Tensor, samples: int, *, skipped: bool = False, correct: torch.Tensor | None = None
     ) -> None:
-        """Count one local step; a skipped one has no loss, and `right` are the samples classified rightly."""
+        """Count one local step; a skipped one has no loss, and `correct` are the samples classified correctly."""
         self.steps += 1
         self.samples += samples
         if skipped:
@@ -170,27 +179,19 @@ class Ledger:
         else:
             self.skipped_in_a_row = 0
             self.loss_samples += samples
-            self._loss_sum.add_(loss.detach(), alpha=samples)
-            if right is not None:
+            if samples:  # the mean loss of no samples is no number
+                self._loss_sum.add_(loss.detach().to(self._loss_sum), alpha=samples)
+            if correct is not None:
                 self.judged += samples
-                self._right_sum += right
+                self._correct_sum += correct
 
-    def place(self, times: Mapping[str, float]) -> dict[str, float]:
-        """How far this rank is in its observation; `times` is what the clock reads."""
-        return {
-            "samples": self.samples,
-            "steps": self.steps,
-            "compute_s": times["compute_s"] - self.compute_from_s,
-            "wait_s": times["sync_wait_s"] - self.wait_from_s,
-        }
-
-    def header(self, sent_bytes: float) -> dict[str, float]:
-        """What else an observation is made of; the bytes are all ever sent."""
+    def reported(self, sent_bytes: float) -> dict[str, Any]:
+        """Fields of a Report; `sent_bytes` are all ever sent."""
         return {
             "loss_samples": self.loss_samples,
             "loss_sum": self._loss_sum.item(),
             "judged": self.judged,
-            "right": self._right_sum.item(),
+            "correct": self._correct_sum.item(),
             "skipped": self.skipped,
             "in_a_row": self.skipped_in_a_row,
             "sent_bytes": sent_bytes - self.sent_from_bytes,
@@ -202,18 +203,18 @@ class Ledger:
         self.compute_from_s, self.wait_from_s = times["compute_s"], times["sync_wait_s"]
         self.sent_from_bytes = sent_bytes
         self._loss_sum.zero_()
-        self._right_sum.zero_()
+        self._correct_sum.zero_()
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint in the middle of an observation."""
         state = asdict(self)
-        del state["device"], state["_loss_sum"], state["_right_sum"]
-        return state | {"loss_sum": self._loss_sum.item(), "right_sum": self._right_sum.item()}
+        del state["device"], state["_loss_sum"], state["_correct_sum"]
+        return state | {"loss_sum": self._loss_sum.item(), "correct_sum": self._correct_sum.item()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint."""
         for name, value in state.items():
-            if name not in ("loss_sum", "right_sum"):
+            if name not in ("loss_sum", "correct_sum"):
                 setattr(self, name, value)
         self._loss_sum.fill_(state["loss_sum"])
-        self._right_sum.fill_(state["right_sum"])
+        self._correct_sum.fill_(state["correct_sum"])

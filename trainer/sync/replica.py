@@ -1,64 +1,205 @@
-"""One rank's replica: its parameters, optimizer state and buffers, and how each becomes one on all ranks."""
+"""One rank's replica: its parameters, optimizer state and other tensors, and how each becomes one on all ranks."""
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_map
 
 from trainer.distributed.collectives import Collectives
-from trainer.errors import ConfigError
-from trainer.wire.flat import FlatTensors
+from trainer.sync.layout import Layout, fingerprint, movable, refuse_model, refuse_optimizer
+from trainer.wire.flat import FlatTensors, real_view
 
-Place = tuple[int, str]  # a parameter's number in the optimizer, and the name of its state
+Place = tuple[int, str]
+"""A parameter's number in the optimizer, and the name of its state."""
 
 
 class Replica:
-    """A model and its optimizer on this rank, its parameters and statistics in flat buffers.
+    """A model and its optimizer on this rank, what is averaged of them in flat buffers.
 
-    Trained parameters are averaged whether or not they have a gradient; frozen ones are the same from the start.
+    Members are the parameters that require a gradient, or required one when the ranks last agreed: they are averaged
+    whether or not they have one. Everything else (frozen parameters, buffers) is averaged once it has moved.
+
+    Raises:
+        ConfigError: a model or an optimizer that cannot be averaged; the text names the parameter and the mend.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, collectives: Collectives) -> None:
+    def __init__(self, model: nn.Module, optimizer: Optimizer, collectives: Collectives, *, keeps_state: bool) -> None:
+        refuse_model(model)
+        refuse_optimizer(model, optimizer)
         self.model = model
         self.optimizer = optimizer
         self.collectives = collectives
-        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        if not self.parameters:
-            raise ConfigError("model has no trainable parameter: set requires_grad before it is wrapped")
+        self._asks_state = not keeps_state
+        self._rests: dict[str, int] = {}
+        """Fingerprints of what is no member, as they were when the ranks were last one."""
+        self._state_layout = (-1, 0)
+        self._take_members()
+
+    def _take_members(self) -> None:
+        self.layout = Layout.of(self.model, self.optimizer)
+        self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.flat_parameters = FlatTensors(lambda: self.parameters)
-        self.flat_buffers = FlatTensors(lambda: (b for b in model.buffers() if b.is_floating_point()))
+
+    # ---- one model
 
     def make_one(self) -> None:
-        """Give every rank rank 0's model."""
-        others = [parameter.data for parameter in self.model.parameters() if not parameter.requires_grad]
-        others += [buffer for buffer in self.model.buffers() if not buffer.is_floating_point()]
-        flat = self.flat_parameters.adopt() + self.flat_buffers.adopt()
-        self.collectives.broadcast_([*flat, *(tensor for tensor in others if tensor.numel())])
+        """Give every rank rank 0's model.
+
+        Raises:
+            MismatchError: models that differ in more than values.
+        """
+        Layout.compare(self.layout, self.collectives)
+        self.collectives.broadcast_(self.flat_parameters.adopt())
+        rests = self.rests()
+        self._give([rests[name].data for name in self._differing()])
+        self.remember_rests()
+
+    def release(self) -> None:
+        """Give every tensor memory of its own again."""
+        self.flat_parameters.release()
+
+    def changed(self) -> bool:
+        """Whether the model has other parameters, or others that require a gradient, than the ranks agreed on."""
+        return self.layout.differs(self.model)
+
+    def relayout(self) -> None:
+        """Take layers that were unfrozen, frozen, added or replaced for what they are now; every rank calls it.
+
+        Raises:
+            MismatchError: models that differ in more than values.
+        """
+        self._take_members()
+        Layout.compare(self.layout, self.collectives)
+
+    # ---- what is no member: frozen parameters and buffers
+
+    def rests(self) -> dict[str, torch.Tensor]:
+        """Every tensor of the model that is no member, by name."""
+        return self._frozen() | {name: buffer for name, buffer in self.model.named_buffers() if movable(buffer)}
+
+    def remember_rests(self) -> None:
+        """The ranks are one in these: what differs from now on has moved."""
+        self._rests = {name: fingerprint(tensor) for name, tensor in self.rests().items()}
+
+    def moved(self, *, buffers: bool) -> list[str]:
+        """Names of frozen parameters, and of buffers, that have moved since the ranks were last one."""
+        rests = self.rests() if buffers else self._frozen()
+        return sorted(name for name, tensor in rests.items() if fingerprint(tensor) != self._rests.get(name))
+
+    def moved_layout(self, *, buffers: bool) -> int:
+        """Fingerprint of which have moved, with their shapes and types."""
+        moved, rests = self.moved(buffers=buffers), self.rests()
+        return zlib.crc32(repr([(name, rests[name].shape, rests[name].dtype) for name in moved]).encode())
+
+    def average_moved(self, weight: float, *, buffers: bool) -> None:
+        """Average what has moved, weighted by this rank's share; the same tensors on every rank.
+
+        Means of floating-point tensors, the largest of counters, rank 0's bytes of anything else.
+        """
+        names = self.moved(buffers=buffers)
+        self._mean_rests(names, weight)
+        rests = self.rests()
+        self._rests |= {name: fingerprint(rests[name]) for name in names}
+
+    def unite(self, *, buffers: bool) -> None:
+        """Average whatever differs between ranks of frozen parameters and buffers, with equal weights.
+
+        Every rank calls it. Tensors whose shapes or types differ are left alone.
+        """
+        self._mean_rests(self._differing(buffers=buffers), 1 / self.collectives.size)
+        self.remember_rests()
+
+    def frozen(self) -> list[torch.Tensor]:
+        """Parameters that are no members."""
+        return list(self._frozen().values())
+
+    def _frozen(self) -> dict[str, torch.Tensor]:
+        """Parameters that are no members, by name."""
+        if len(self.parameters) == len(self.layout.parameters):
+            return {}
+        members = {id(parameter) for parameter in self.parameters}
+        return {name: p for name, p in self.model.named_parameters() if id(p) not in members and movable(p)}
+
+    def _mean_rests(self, names: Sequence[str], weight: float) -> None:
+        rests = self.rests()
+        chosen = [rests[name].data for name in names]
+        mean_values(self.collectives, [tensor for tensor in chosen if _is_float(tensor)], weight)
+        self.collectives.max_([tensor for tensor in chosen if _counts(tensor)])
+        self._give([tensor for tensor in chosen if not _is_float(tensor) and not _counts(tensor)])
+
+    def _give(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Give every rank rank 0's values of these, as bytes."""
+        packed = [tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors]
+        self.collectives.broadcast_(packed)
+        for tensor, got in zip(tensors, packed, strict=True):
+            tensor.copy_(got.view(tensor.dtype).view(tensor.shape))
+
+    def _differing(self, *, buffers: bool = True) -> list[str]:
+        """Names of what is no member and not the same on all ranks, though of one shape and type."""
+        rests = self.rests() if buffers else self._frozen()
+        mine = {name: (tuple(t.shape), str(t.dtype), fingerprint(t)) for name, t in rests.items()}
+        everyone = self.collectives.gather_objects(mine) if self.collectives.size > 1 else [mine]
+        return [
+            name
+            for name, (shape, kind, _) in everyone[0].items()
+            if all(theirs.get(name, ())[:2] == (shape, kind) for theirs in everyone)
+            and len({theirs[name][2] for theirs in everyone}) > 1
+        ]
+
+    # ---- optimizer state
 
     def average_state(self) -> None:
-        """Make the optimizer state the same on every rank."""
-        self.collectives.mean_([*self.shared_state().values()], 1 / self.collectives.size)
+        """Make the optimizer state the same on every rank: means of float tensors, the largest of numbers.
 
-    def layout_digest(self) -> int:
-        """Fingerprint of which optimizer state this rank has."""
-        return zlib.crc32(repr(self._layout(self._state())).encode())
+        State that holds anything else (codes of eight-bit optimizers, lists of tensors) is rank 0's on every rank.
+        """
+        everyone = self.collectives.gather_objects(_numbers(self.optimizer))
+        if any(numbers is None for numbers in everyone):
+            self._give_state()
+            return
+        mean_values(self.collectives, [*self.shared_state().values()], 1 / self.collectives.size)
+        parameters = dict(self._stepped())
+        for place in {place for numbers in everyone for place in numbers}:
+            index, key = place
+            most, state = max(n[place] for n in everyone if place in n), self.optimizer.state[parameters[index]]
+            if torch.is_tensor(state.get(key)):
+                state[key].fill_(most)
+            else:
+                state[key] = most
 
-    def average_buffers(self) -> None:
-        """Make the buffers the same on every rank: means of statistics, the largest of counters."""
-        self.collectives.mean_(self.flat_buffers.adopt(), 1 / self.collectives.size)
-        self.collectives.max_([buffer for buffer in self.model.buffers() if _counts(buffer)])
+    def _give_state(self) -> None:
+        """Give every rank rank 0's optimizer state."""
+        via = self.collectives
+        mine = {i: _to(self.optimizer.state.get(p, {}), "cpu") for i, p in self._stepped()} if via.rank == 0 else None
+        theirs = via.gather_objects(mine)[0]
+        for index, parameter in self._stepped():
+            devices = {
+                key: value.device.type
+                for key, value in self.optimizer.state.get(parameter, {}).items()
+                if torch.is_tensor(value)
+            }
+            self.optimizer.state[parameter] = {
+                key: _to(value, "cpu" if devices.get(key) == "cpu" else parameter.device)
+                for key, value in theirs[index].items()
+            }
 
-    def without_gradient(self) -> bool:
-        """Whether the last backward pass left a trained parameter out."""
-        return any(parameter.grad is None for parameter in self.parameters)
+    def state_layout(self) -> int:
+        """Fingerprint of which optimizer state this rank has; 0 where its state is not averaged."""
+        if not self._asks_state:
+            return 0
+        count = sum(len(values) for values in self.optimizer.state.values())
+        if count != self._state_layout[0]:
+            self._state_layout = count, zlib.crc32(repr(self._described(self._state())).encode())
+        return self._state_layout[1]
 
     def state(self) -> dict[Place, torch.Tensor]:
-        """The optimizer's float tensors, in an order that ranks of one `layout_digest` share."""
+        """The optimizer's float tensors, in an order that ranks of one `state_layout` share."""
         return dict(sorted(self._state().items()))
 
     def correct_state(
@@ -69,6 +210,8 @@ class Replica:
         state, groups = self._state(), self.optimizer.param_groups
         group_of = [group for group in groups for _ in group["params"]]
         for (index, key), mean in means.items():
+            if (index, key) not in state:
+                continue  # the state was dropped since
             live = state[index, key]
             if steps == 0:
                 live.copy_(mean)  # bit for bit the same on every rank
@@ -76,15 +219,21 @@ class Replica:
                 differs = (mean - snapshots[index, key]).to(live.device)
                 live.add_(differs, alpha=_kept(group_of[index], key) ** steps)
 
+    def reset_state(self) -> None:
+        """Drop the optimizer's state: it begins anew with its next step."""
+        self.optimizer.state.clear()
+        self._state_layout = (-1, 0)
+
     def _state(self) -> dict[Place, torch.Tensor]:
         return {
             (index, key): value
             for index, parameter in self._stepped()
+            if not _is_coded(self.optimizer.state.get(parameter, {}))
             for key, value in sorted(self.optimizer.state.get(parameter, {}).items())
-            if isinstance(value, torch.Tensor) and value.is_floating_point()
+            if isinstance(value, torch.Tensor) and _is_float(value)
         }
 
-    def _layout(self, state: dict[Place, torch.Tensor]) -> dict[Place, Any]:
+    def _described(self, state: dict[Place, torch.Tensor]) -> dict[Place, Any]:
         return {place: (tuple(value.shape), str(value.dtype), value.device.type) for place, value in state.items()}
 
     def shared_state(self) -> dict[Place, torch.Tensor]:
@@ -95,7 +244,7 @@ class Replica:
         """
         mine = self._state()
         parameters = dict(self._stepped())
-        for theirs in self.collectives.gather_objects(self._layout(mine)):
+        for theirs in self.collectives.gather_objects(self._described(mine)):
             for (index, key), (shape, dtype, device) in theirs.items():
                 if (index, key) not in mine:
                     where = "cpu" if device == "cpu" else self.collectives.world.device
@@ -108,9 +257,56 @@ class Replica:
         return enumerate(parameter for group in self.optimizer.param_groups for parameter in group["params"])
 
 
+def mean_values(via: Collectives, tensors: Sequence[torch.Tensor], weight: float) -> None:
+    """Replace tensors of any floating type by their means over the ranks; `weight` is this rank's share.
+
+    Halves are summed in float32, since a backend's own sum would round at every hop.
+    """
+    flat = [real_view(tensor) for tensor in tensors]
+    wide = [part.float() if part.dtype in (torch.float16, torch.bfloat16) else part for part in flat]
+    via.mean_(wide, weight)
+    for part, mean in zip(flat, wide, strict=True):
+        if part is not mean:
+            part.copy_(mean)
+
+
+def _numbers(optimizer: Optimizer) -> dict[Place, float] | None:
+    """The numbers in an optimizer's state, by place; None where it holds more than numbers and float tensors."""
+    found: dict[Place, float] = {}
+    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    for index, parameter in enumerate(parameters):
+        state = optimizer.state.get(parameter, {})
+        if _is_coded(state):
+            return None
+        found |= {
+            (index, key): float(value) if torch.is_tensor(value) else value
+            for key, value in state.items()
+            if _is_number(value)
+        }
+    return found
+
+
+def _is_coded(state: Mapping[str, Any]) -> bool:
+    """Whether a parameter's state holds more than numbers and float tensors, so that its parts have no mean."""
+    return any(
+        value is not None and not _is_number(value) and not (isinstance(value, torch.Tensor) and _is_float(value))
+        for value in state.values()
+    )
+
+
+def _is_number(value: Any) -> bool:
+    """A Python number, or a whole one in a tensor: a count of steps."""
+    return isinstance(value, int | float) or (torch.is_tensor(value) and _counts(value) and value.numel() == 1)
+
+
+def _to(state: Any, device: Any) -> Any:
+    """The same state on a device."""
+    return tree_map(lambda leaf: leaf.detach().to(device) if torch.is_tensor(leaf) else leaf, state)
+
+
 def _kept(group: Mapping[str, Any], name: str) -> float:
-    """What one step of torch's optimizers keeps of a value of this name; of one that only grows, or of another
-    optimizer's, all."""
+    """The share that one step of torch's optimizers keeps of a value of this name; 1 of one that only grows, and of
+    another optimizer's."""
     first, second = group.get("betas", (1.0, 1.0))[:2]
     decay = group.get("alpha", group.get("rho", 1.0))  # of RMSprop; of Adadelta
     kept = {
@@ -125,5 +321,10 @@ def _kept(group: Mapping[str, Any], name: str) -> float:
     return float(kept.get(name, 1.0))
 
 
-def _counts(buffer: torch.Tensor) -> bool:
-    return not buffer.is_floating_point() and buffer.dtype != torch.bool
+def _is_float(tensor: torch.Tensor) -> bool:
+    """Of a type whose mean can be taken."""
+    return tensor.is_complex() or tensor.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def _counts(tensor: torch.Tensor) -> bool:
+    return tensor.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from trainer.config.sync import SyncConfig
-from trainer.control.reports import Header
+from trainer.control.reports import Report, Total
 from trainer.control.rounds import Rounds
 from trainer.plan import Plan
 from trainer.sync.averager import Averager, Transfer
@@ -29,8 +30,39 @@ class Timetable:
         self._averager, self._settings, self._told, self._progress = averager, settings, told, progress
         self._delay = Delay(settings)
         self._apart, self._sq_norm = 0.0, 0.0  # of the fragments that were taken of the present round
-        self.are_one = True
+        self._are_one = True
+        self._layout_changed = False
+        self._samples_apart = 0
+        """Trained by this rank since the replicas were last one."""
+
+    @property
+    def are_one(self) -> bool:
         """The replicas are equal on all ranks."""
+        return self._are_one
+
+    def stepped(self, plan: Plan, samples: int) -> None:
+        """This rank trained so many samples in a local step of this Plan."""
+        if self._are_one:
+            self._samples_apart = 0
+        self._samples_apart += samples
+        self._are_one = self._are_one and plan.averages == "gradients"
+
+    @property
+    def layout_changed(self) -> bool:
+        """Some rank has told of a model that is not laid out as the ranks agreed."""
+        return self._layout_changed
+
+    def heard(self, total: Total) -> None:
+        """Note what all ranks told of their models."""
+        self._layout_changed = self._layout_changed or total.most["changed"] > 0
+
+    def layout_mended(self) -> None:
+        """The ranks have agreed on a layout."""
+        self._layout_changed = False
+
+    def part_again(self) -> None:
+        """The replicas are not one any more, on all ranks alike."""
+        self._are_one = False
 
     def use(self, settings: SyncConfig) -> None:
         """Average as these settings say from now on: every rank calls it, with replicas that are one."""
@@ -62,10 +94,10 @@ class Timetable:
         if period and rest and self._progress.round_steps % period == 0:
             self._averager.average_within(rest, self._progress.ledger.samples)
 
-    def send(self, fragments: Sequence[int], header: Header, plan: Plan, *, ends_round: bool = False) -> None:
+    def send(self, fragments: Sequence[int], report: Report, plan: Plan, *, ends_round: bool = False) -> None:
         """Send these fragments' average, to be taken as many steps later as the settings say, within `plan`'s round."""
         delay_steps = self._delay.steps(self._averager.settings.delay_steps, plan.sync_period_steps)
-        self._averager.send(fragments, header, self._progress.local_step, delay_steps, ends_round=ends_round)
+        self._averager.send(fragments, report, self._progress.local_step, delay_steps, ends_round=ends_round)
         self.land()
 
     def land(self) -> None:
@@ -75,12 +107,12 @@ class Timetable:
     def make_one(self) -> None:
         """Take what is under way, and where that leaves replicas apart average them once more."""
         self._take(self._averager.flying)
-        if not self.are_one:
+        if not self._are_one:
             now = self._progress.local_step
-            header = self._progress.place() | {"samples": self._progress.samples_apart}
-            self._averager.send(self._averager.everything, header, now, plainly=True)
+            report = replace(self._progress.place(), samples=self._samples_apart)
+            self._averager.send(self._averager.everything, report, now, plainly=True)
             self._averager.land(self._averager.flying[-1], now, wholly=True)
-            self.are_one = True
+            self._are_one = True
 
     def _take_of(self, fragments: Iterable[int]) -> None:
         """Take what is under way of these fragments."""
@@ -92,14 +124,15 @@ class Timetable:
         for transfer in [*transfers]:
             arrived = self._averager.land(transfer, now)
             self._progress.transfer_s = arrived.transfer_s
-            self._delay.saw(arrived.headers)
+            self._delay.saw(arrived.total)
+            self.heard(arrived.total)
             whole = transfer.fragments == tuple(self._averager.everything) and self._settings.mixing == 1
-            self.are_one |= whole and transfer.sent_at == now
+            self._are_one |= whole and transfer.sent_at == now
             self._apart += arrived.divergence
             self._sq_norm += arrived.sq_norm
             if transfer.ends_round:
                 self._told.tell(
-                    arrived.headers,
+                    arrived.total,
                     divergence=self._apart,
                     model_sq_norm=self._sq_norm,
                     delay_steps=min(transfer.land_at, now) - transfer.sent_at,
@@ -112,13 +145,14 @@ class Timetable:
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint; the averager's own state is apart."""
-        told = {"apart": self._apart, "sq_norm": self._sq_norm}
-        return {"delay": self._delay.state_dict(), "are_one": self.are_one, **told}
+        told = {"apart": self._apart, "sq_norm": self._sq_norm, "samples_apart": self._samples_apart}
+        return {"delay": self._delay.state_dict(), "are_one": self._are_one, **told}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint."""
         self._delay.load_state_dict(state["delay"])
-        self.are_one, self._apart, self._sq_norm = state["are_one"], state["apart"], state["sq_norm"]
+        self._are_one, self._apart, self._sq_norm = state["are_one"], state["apart"], state["sq_norm"]
+        self._samples_apart = state["samples_apart"]
 
 
 REMEMBERED = 5  # transfers: one slow one changes nothing
@@ -140,11 +174,9 @@ class Delay:
         """What is sent has changed: measure again."""
         self._needed = []
 
-    def saw(self, headers: Sequence[Mapping[str, float]]) -> None:
+    def saw(self, total: Total) -> None:
         """Note what all ranks told of their latest transfer."""
-        slowest = max(header["transfer_s"] for header in headers)
-        steps = sum(header["steps"] for header in headers)
-        compute_s = sum(header["compute_s"] for header in headers)
+        slowest, steps, compute_s = total.most["transfer_s"], total.sums["steps"], total.sums["compute_s"]
         if steps and compute_s > 0 and math.isfinite(slowest):
             self._needed = [*self._needed, slowest / (compute_s / steps)][-REMEMBERED:]
 

@@ -22,7 +22,7 @@ class Transition:
         replica: this rank's.
         averager: of parameters.
         timetable: when they are averaged.
-        parallel: of gradients.
+        gradients: their average.
         notes: on the gradients that are averaged over all ranks.
         settings: of the run, before what a Plan says itself.
         scaler: the loss scaler, where one is used.
@@ -33,50 +33,70 @@ class Transition:
         replica: Replica,
         averager: Averager,
         timetable: Timetable,
-        parallel: GradientAverage,
+        gradients: GradientAverage,
         notes: GradientNotes,
         settings: SyncConfig,
         scaler: GradScaler | None,
     ) -> None:
-        self._replica, self._averager, self._timetable, self._parallel = replica, averager, timetable, parallel
+        self._replica, self._averager, self._timetable, self._gradients = replica, averager, timetable, gradients
         self._notes, self._settings, self._scaler = notes, settings, scaler
 
-    def enter(self, plan: Plan, before: Plan, *, no_gradient: bool) -> None:
-        """Go from the Plan before to this one; every rank calls it, between two rounds.
-
-        Args:
-            plan: to be entered.
-            before: what ran until now.
-            no_gradient: some backward pass has left a parameter out.
-        """
-        kind, kind_before = min(plan.sync_period_steps, 2), min(before.sync_period_steps, 2)
+    def enter(self, plan: Plan, before: Plan) -> None:
+        """Go from the Plan before to this one; every rank calls it, between two rounds."""
         settings = self._settings.under(plan)
-        if kind != kind_before or settings != self._averager.settings:
+        if plan.averages != before.averages or settings != self._averager.settings:
             self._timetable.make_one()
         if settings != self._averager.settings:
             self._timetable.use(settings)
-        if kind == kind_before:
+        if plan.averages == before.averages:
             return
-        if kind_before == 1:
+        if before.averages == "gradients":
             self._averager.rebase()
-            self.wrap(plan, no_gradient=no_gradient)
-        elif kind == 1:
-            if self._settings.state == "reset":
-                self._replica.optimizer.state.clear()
-            else:
-                self._replica.average_state()
-            if self._scaler is not None:
-                agree_on_scale(self._scaler, self._replica.collectives)
-            self.wrap(plan, no_gradient=no_gradient)
+        elif plan.averages == "gradients":
+            self._unite()
+        if "gradients" in (plan.averages, before.averages):
+            self.wrap(plan)
 
-    def wrap(self, plan: Plan, *, no_gradient: bool) -> None:
-        """Put DDP round the model while gradients are averaged, over all ranks or a node's, and only then."""
-        via, find_unused = self._replica.collectives, self._settings.find_unused_parameters or no_gradient
-        if plan.sync_period_steps == 1:
-            self._parallel.put_on(via, self._notes, find_unused=find_unused)
+    def mend(self, plan: Plan) -> None:
+        """Averaged gradients have met replicas that were not one: some rank made no update. Make them one again."""
+        self._timetable.part_again()
+        self._timetable.make_one()
+        self._averager.rebase()
+        self._unite()
+        self.wrap(plan)
+
+    def relayout(self, plan: Plan) -> None:
+        """Take in layers that were unfrozen, frozen, added or replaced since; every rank calls it, between two rounds.
+
+        Raises:
+            MismatchError: models that differ in more than values.
+        """
+        self._timetable.make_one()
+        self._averager.relayout()
+        self._timetable.part_again()
+        self._timetable.make_one()
+        self._averager.rebase()
+        if plan.averages == "gradients":
+            self._unite()
+        self.wrap(plan)
+
+    def _unite(self) -> None:
+        """Make optimizer state, loss scale and all that is no member the same on every rank."""
+        if self._settings.state == "reset":
+            self._replica.reset_state()
         else:
-            nodes = via.within if self._settings.node_period_steps == 1 else None
-            self._parallel.put_on(nodes, find_unused=find_unused)
+            self._replica.average_state()
+        if self._scaler is not None:
+            agree_on_scale(self._scaler, self._replica.collectives)
+        self._replica.unite(buffers=self._settings.batch_norm == "average")
+
+    def wrap(self, plan: Plan) -> None:
+        """Average gradients as the Plan says: over all ranks, over a node's, or not."""
+        via, parameters = self._replica.collectives, self._replica.parameters
+        if plan.averages == "gradients":
+            self._gradients.put_on(parameters, via, self._notes)
+        else:
+            self._gradients.put_on(parameters, via.within if self._settings.node_period_steps == 1 else None)
 
 
 def agree_on_scale(scaler: GradScaler, collectives: Collectives) -> None:

@@ -33,7 +33,9 @@ class NodesExchange(Exchange):
         assert via.within is not None
         assert via.between is not None
         local = self._world.local_size
-        nodes = [sum(weights[start : start + local]) for start in range(0, len(weights), local)]
+        place = self._world.local_rank
+        nodes = sorted(self._world.nodes, key=lambda ranks: ranks[place])  # as a group orders its ranks
+        shares_of_nodes = [sum(weights[rank] for rank in ranks) for ranks in nodes]
         mine = slice(self._world.local_rank * self._share, min((self._world.local_rank + 1) * self._share, self._count))
         work_type = torch.promote_types(values.dtype, torch.float32) if self.lossy else values.dtype
         shares = torch.zeros(local, self._share, dtype=work_type, device=values.device)
@@ -43,7 +45,7 @@ class NodesExchange(Exchange):
             return fresh(slice(mine.start + place.start, mine.start + place.stop))
 
         new = None if fresh is None else fresh_of_mine
-        for chunk, mean in self._between.means(values[mine], nodes, via.between, new):
+        for chunk, mean in self._between.means(values[mine], shares_of_nodes, via.between, new):
             shares[self._world.local_rank, chunk] = mean
         if self.lossy:
             values[: mine.start].zero_()

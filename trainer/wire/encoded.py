@@ -45,6 +45,7 @@ class Coding:
         self.scratch = values.new_empty(2, columns, dtype=work_type)
         """For the mean of a piece, and a row that is added to it; for what is encoded, and its numbers."""
         self.shares = torch.tensor(weights, dtype=work_type, device=values.device)
+        self._silent = weights[via.rank] == 0
 
     def encode(self, place: slice, coded: torch.Tensor, first: int, width: int, *, leave_lost: bool) -> None:
         """Encode a place of the values, and zeros behind it, as the `width` values that follow `first` in all rows of
@@ -52,11 +53,15 @@ class Coding:
         count = place.stop - place.start
         values, room = self.scratch[:, : len(coded) * width]
         values[count:] = 0
-        some = values[:count].copy_(self._values[place])
-        if self._fresh is not None:
+        some = values[:count]
+        if not self._silent:
+            some.copy_(self._values[place])
+        if self._silent:
+            some.zero_()  # whatever the values are, nothing is added
+        elif self._fresh is not None:
             some.add_(self._fresh(place))  # faster than one operation on two types
         self._format.encode(values.view(-1, width), coded, room.view(-1, width), first)
-        if leave_lost:
+        if leave_lost and not self._silent:
             self._values[place].copy_(some)
 
     def rows(self, count: int, size: int) -> torch.Tensor:

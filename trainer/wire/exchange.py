@@ -60,7 +60,10 @@ class WholeExchange(Exchange):
             part = values[chunk]
             if fresh is not None:
                 part += fresh(chunk)
-            part.mul_(weights[via.rank])
+            if weights[via.rank]:
+                part.mul_(weights[via.rank])
+            else:
+                part.zero_()  # whatever the values are, nothing is added
             sent.append((chunk, part, via.begin_sum_(part)))
         for chunk, part, work in sent:
             via.wait(work)

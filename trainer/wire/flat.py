@@ -29,7 +29,7 @@ class FlatTensors:
         _refuse_overlap(tensors)
         self._described = [_describe(tensor) for tensor in tensors]
         ends: dict[Kind, int] = {}
-        starts = []
+        starts: list[int] = []
         for tensor in tensors:
             kind = (tensor.dtype, tensor.device)
             starts.append(ends.get(kind, 0))
@@ -43,23 +43,43 @@ class FlatTensors:
             strides = torch.empty_like(tensor, device="meta").stride()  # dense, in the tensor's own order
             flat = self._flat[tensor.dtype, tensor.device]
             self._views.append(flat.as_strided(tensor.shape, strides, start))
+        self._pointers = [view.data_ptr() for view in self._views]
         self.adopt()
 
     @property
     def buffers(self) -> list[torch.Tensor]:
-        """The flat buffers, one a dtype and device, in an order that is the same on every rank."""
-        return list(self._flat.values())
+        """The flat buffers, real and 1-d, one a dtype and device, in an order that is the same on every rank."""
+        return [real_view(flat).view(-1) for flat in self._flat.values()]
+
+    def places(self) -> list[tuple[int, int, slice]]:
+        """Each tensor's id, the number of its flat buffer, and its place there."""
+        kinds, found = list(self._flat), []
+        for tensor, view in zip(self._tensors(), self._views, strict=True):
+            factor = 2 if view.is_complex() else 1
+            start = view.storage_offset() * factor
+            number = kinds.index((view.dtype, view.device))
+            found.append((id(tensor), number, slice(start, start + view.numel() * factor)))
+        return found
+
+    @torch.no_grad()
+    def release(self) -> None:
+        """Give every tensor memory of its own, so that a part of the model can be saved by itself."""
+        for tensor, view in zip(self._tensors(), self._views, strict=True):
+            if tensor.data_ptr() == view.data_ptr():
+                tensor.data = view.clone()
 
     @torch.no_grad()
     def adopt(self) -> list[torch.Tensor]:
         """The flat buffers, once every tensor is in its place: also one that its module has replaced or moved.
 
         Raises:
-            RuntimeError: the model's tensors are no longer of the shapes and types that they were.
+            RuntimeError: the tensors are no longer of the shapes and types that they were.
         """
         tensors = self._tensors()
+        if [tensor.data_ptr() for tensor in tensors] == self._pointers:
+            return self.buffers
         if [_describe(tensor) for tensor in tensors] != self._described:
-            raise RuntimeError("the model's tensors changed in number, shape, type or device inside LocalSGD")
+            raise RuntimeError("parameters changed in number, shape, type or device between two averagings")
         for tensor, view in zip(tensors, self._views, strict=True):
             if tensor.data_ptr() != view.data_ptr():
                 view.copy_(tensor)
@@ -68,6 +88,11 @@ class FlatTensors:
 
     def _tensors(self) -> list[torch.Tensor]:
         return [tensor for tensor in self._read() if tensor.numel()]
+
+
+def real_view(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself, or a complex one's real and imaginary parts in a last dimension of two, in the same memory."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def piece_values(device: torch.device) -> int:

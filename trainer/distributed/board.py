@@ -1,0 +1,78 @@
+"""The board: a rank that leaves says why, and those who wait for it read it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+
+_opened = itertools.count()
+
+
+@dataclass
+class Board:
+    """Keys of the process group's store, one a rank that left. Without a store nothing is said and nothing is read.
+
+    Every rank opens its boards in one order, so that all mean the same keys.
+    """
+
+    rank: int = 0
+    size: int = 1
+    store: Any = None
+    prefix: str = ""
+    step: int = 0
+    """The local step that this rank is at: a peer that ended its loop before it will not come any more."""
+
+    @classmethod
+    def open(cls, rank: int, size: int, group: Any = None) -> Board:
+        """The board of a process group's ranks; every rank of it calls this, as often as the others."""
+        ranks = "all" if group is None else "-".join(map(str, dist.get_process_group_ranks(group)))
+        return cls(rank, size, dist.distributed_c10d._get_default_store(), f"ebbtide/{ranks}/{next(_opened)}")
+
+    def say(self, reason: str, *, after_step: int | None = None) -> None:
+        """Tell the others why this rank leaves; the latest word counts, and a store that is gone is no error.
+
+        Args:
+            reason: goes on after "rank 3", in one line.
+            after_step: the last local step that this rank takes part in; None: it takes part in nothing any more.
+        """
+        if self.store is None:
+            return
+        try:
+            self.store.set(self._key(self.rank), json.dumps([reason, after_step]))
+            self.store.set(f"{self.prefix}/any", "1")
+        except Exception:  # the host of the store may have gone first; leaving must not fail
+            return
+
+    def gone(self, patience_s: float = 0.0) -> dict[int, str]:
+        """The other ranks that will not take part in this rank's step, and why; waits so long for the first word."""
+        deadline = time.monotonic() + patience_s
+        while not (found := dict(self._gone())) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return found
+
+    def _gone(self) -> Iterator[tuple[int, str]]:
+        try:
+            if self.store is None or not self.store.check([f"{self.prefix}/any"]):
+                return
+            for rank in range(self.size):
+                if rank != self.rank and self.store.check([self._key(rank)]):
+                    reason, after_step = json.loads(self.store.get(self._key(rank)))
+                    if after_step is None or after_step < self.step:
+                        yield rank, reason
+        except Exception:  # no store, no word
+            return
+
+    def _key(self, rank: int) -> str:
+        return f"{self.prefix}/{rank}"
+
+
+def told(error: BaseException) -> str:
+    """An error as a reason to leave, in one line."""
+    text = " ".join(str(error).split())
+    return f"left with {type(error).__name__}" + (f": {text[:300]}" if text else "")
