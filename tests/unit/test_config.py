@@ -17,7 +17,7 @@ from trainer.errors import ConfigError
 from trainer.plan import Plan
 from trainer.policies import Alternating, Constant, PostLocal
 
-RECIPES = sorted((Path(__file__).parent.parent / "launch" / "recipes").glob("*.toml"))
+RECIPES = sorted((Path(__file__).parents[2] / "launch" / "recipes").glob("*.toml"))
 
 
 def write(folder: Path, text: str) -> str:

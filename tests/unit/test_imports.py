@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-PACKAGE = Path(__file__).parent.parent / "trainer"
+PACKAGE = Path(__file__).parents[2] / "trainer"
 LAYERS = [
     {"errors", "version"},
     {"plan"},

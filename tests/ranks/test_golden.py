@@ -1,7 +1,7 @@
 """Golden runs: a change that only moves code leaves every record and every weight as it was.
 
-`python -m pytest tests -k golden` compares with tests/golden/. Where a change is meant to alter what is trained, write
-the files anew with `GOLDEN=write` in the environment, in a commit of its own that says why.
+`python -m pytest tests -k golden` compares with tests/ranks/golden/. Where a change is meant to alter what is trained,
+write the files anew with `GOLDEN=write` in the environment, in a commit of its own that says why.
 """
 
 from __future__ import annotations
