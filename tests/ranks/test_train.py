@@ -6,16 +6,19 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from commands import Command
 from ranks import RankError, free_port, run
 from torch import nn
 
@@ -67,8 +70,8 @@ def settings(root: Path, name: str, **sections: dict[str, Any]) -> Config:
     return recipes.from_dict(table)
 
 
-def start(config: Config, folder: Path, ranks: int = 2, module: str = "trainer") -> list[subprocess.Popen[str]]:
-    """The ranks of `python -m trainer`, as a launcher would start them."""
+def start(config: Config, folder: Path, ranks: int = 2, *, forked: bool = True) -> list[Any]:
+    """The ranks of `python -m trainer`, as a launcher would start them, or forked from a warm process."""
     recipe = folder / f"{config.run.name}.toml"
     recipes.save(config, recipe)
     shared = {
@@ -77,21 +80,17 @@ def start(config: Config, folder: Path, ranks: int = 2, module: str = "trainer")
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(Path(__file__).parent),
+        "PYTHONPATH": os.pathsep.join(sys.path),
     }
-    return [
-        subprocess.Popen(
-            [sys.executable, "-m", module, "--recipe", str(recipe)],
-            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(ranks)
-    ]
+    flags = ["--recipe", str(recipe)]
+    places = [os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+    if forked:
+        return [Command("trainer", flags, env) for env in places]
+    command, pipe = [sys.executable, "-m", "trainer", *flags], subprocess.PIPE
+    return [subprocess.Popen(command, env=env, stdout=pipe, stderr=pipe, text=True) for env in places]
 
 
-def end(processes: list[subprocess.Popen[str]], timeout_s: float = 60) -> tuple[list[int], str]:
+def end(processes: list[Any], timeout_s: float = 60) -> tuple[list[int], str]:
     try:
         told = [process.communicate(timeout=timeout_s) for process in processes]
     finally:
@@ -235,20 +234,20 @@ LATE = {"delay_steps": 4}
 )
 def test_every_way_of_averaging_resumes_exactly_also_in_mid_transfer(tmp_path: Path, sync: dict[str, Any]) -> None:
     often = {"every_samples": 40, "keep": 100}  # at every local step or two of a small-batch phase
-    for number in (2, 4, 20):
-        resume_exactly(tmp_path / str(number), 2, number, sync=sync, checkpoint=often)
+    resume_exactly(tmp_path, 2, (2, 4, 20), sync=sync, checkpoint=often)
 
 
-def resume_exactly(root: Path, size: int, number: int = 0, **sections: dict[str, Any]) -> None:
-    """Go on from one of a run's checkpoints, and end as the uninterrupted run does."""
-    root.mkdir(exist_ok=True)
+def resume_exactly(root: Path, size: int, numbers: Sequence[int] = (0,), **sections: dict[str, Any]) -> None:
+    """Go on from some of a run's checkpoints, and end as the uninterrupted run does."""
     run(size, in_process, settings(root, "whole", **sections))
-    run(size, in_process, settings(root, "cut", **sections))
-    cut = root / "cut"
-    chosen = sorted((cut / "checkpoints").iterdir())[number]
-    run(size, in_process, settings(root, "cut", run={"resume": str(chosen)}, **sections))
-    assert torch.equal(weights(cut), weights(root / "whole"))
-    assert told(cut) == told(root / "whole")
+    for number in numbers:
+        cut = shutil.copytree(root / "whole", root / f"cut-{number}")
+        chosen = sorted((cut / "checkpoints").iterdir())[number]
+        (cut / "model.pt").unlink()
+        run(size, in_process, settings(root, cut.name, run={"resume": str(chosen)}, **sections))
+        assert any(line.get("what") == "resumed" for line in lines(cut))
+        assert torch.equal(weights(cut), weights(root / "whole"))
+        assert told(cut) == told(root / "whole")
 
 
 def noisy_data(root: str, train: bool) -> Any:
@@ -274,12 +273,7 @@ class Noisy(torch.utils.data.Dataset[Any]):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_reading_through_a_loader_resumes_exactly_too(tmp_path: Path, workers: int) -> None:
     data = {"name": "test_train:noisy_data", "workers": workers}
-    run(2, in_process, settings(tmp_path, "whole", data=data))
-    run(2, in_process, settings(tmp_path, "cut", data=data))
-    first = min((tmp_path / "cut" / "checkpoints").iterdir())
-    run(2, in_process, settings(tmp_path, "cut", data=data, run={"resume": str(first)}))
-    assert torch.equal(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
-    assert told(tmp_path / "cut") == told(tmp_path / "whole")
+    resume_exactly(tmp_path, 2, data=data)
 
 
 def test_a_checkpoint_is_whole_or_absent(tmp_path: Path) -> None:
@@ -411,7 +405,8 @@ def test_too_many_bad_losses_end_the_run_on_every_rank(tmp_path: Path, first: st
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_to_one_rank_leaves_a_checkpoint_to_go_on_from(whole: Path, number: signal.Signals) -> None:
     root, name = whole.parent, f"stopped-{number.name}"
-    processes = start(settings(root, name, checkpoint={"every_samples": 10**6}), root)
+    config = settings(root, name, checkpoint={"every_samples": 10**6})
+    processes = start(config, root, forked=number == signal.SIGUSR1)  # the real command, once
     folder, deadline = root / name, time.monotonic() + 60
     # a round's record says that rank 1 has begun to train, and so to heed signals
     while time.monotonic() < deadline and not (folder / "metrics.jsonl").exists():
