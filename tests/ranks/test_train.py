@@ -1,15 +1,11 @@
-"""Whole runs in real processes: records, exact resume, faults, the command line."""
+"""Whole runs in real processes: their records, and exact resume."""
 
 from __future__ import annotations
 
 import itertools
 import json
-import os
-import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,131 +14,24 @@ from typing import Any
 
 import pytest
 import torch
-from commands import Command
-from ranks import RankError, free_port, run
+from ranks import RankError, run
+from small_run import records
 from torch import nn
+from whole_runs import end, in_process, lines, settings, start, told, weights
 
 from trainer import Constant, Plan, PostLocal
 from trainer.config import recipes
-from trainer.config.config import Config, WorldConfig
 from trainer.data.sets import fake
-from trainer.distributed.world import World, compare_ranks
-from trainer.errors import MismatchError
+from trainer.distributed.world import World
 from trainer.loop.checkpoint import Checkpoints
 from trainer.loop.step import LocalStep
 
-SETTINGS = {
-    "run": {"samples": 1600},
-    "world": {"backend": "gloo", "timeout_s": 30.0},
-    "data": {"name": "fake", "train_limit": 700, "test_limit": 101, "crop_padding": 1, "flip": True},
-    "task": {"model": "test_train:small_model"},
-    "optim": {"lr": 0.02},
-    "policy": {
-        "name": "alternating",
-        "samples_per_phase": 320,
-        "lr_scaling": "sqrt",
-        "lr_ramp_samples": 200,
-        "small": {"batch_per_rank": 8, "sync_period_steps": 6},
-        "large": {"batch_per_rank": 20, "sync_period_steps": 1},
-    },
-    "eval": {"every_samples": 500},
-    "checkpoint": {"every_samples": 200, "keep": 3},
-    "record": {"reference_s": 0.0, "tensorboard": False, "progress": False},
-}
-
-
-def small_model(num_classes: int, channels: int) -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(channels, 4, 5, stride=3),
-        nn.BatchNorm2d(4),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Dropout(0.2),
-        nn.Linear(4 * 64, num_classes),
-    )
-
-
-def settings(root: Path, name: str, **sections: dict[str, Any]) -> Config:
-    table = json.loads(json.dumps(SETTINGS))
-    for section, fields in ({"run": {"root": str(root), "name": name}} | sections).items():
-        table.setdefault(section, {}).update(fields)
-    table["run"] |= {"root": str(root), "name": name}
-    return recipes.from_dict(table)
-
-
-def start(config: Config, folder: Path, ranks: int = 2, *, forked: bool = True) -> list[Any]:
-    """The ranks of `python -m trainer`, as a launcher would start them, or forked from a warm process."""
-    recipe = folder / f"{config.run.name}.toml"
-    recipes.save(config, recipe)
-    shared = {
-        "WORLD_SIZE": str(ranks),
-        "LOCAL_WORLD_SIZE": str(ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
-    flags = ["--recipe", str(recipe)]
-    places = [os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
-    if forked:
-        return [Command("trainer", flags, env) for env in places]
-    command, pipe = [sys.executable, "-m", "trainer", *flags], subprocess.PIPE
-    return [subprocess.Popen(command, env=env, stdout=pipe, stderr=pipe, text=True) for env in places]
-
-
-def end(processes: list[Any], timeout_s: float = 60) -> tuple[list[int], str]:
-    try:
-        told = [process.communicate(timeout=timeout_s) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [process.returncode for process in processes], "".join(out + err for out, err in told)
-
-
-def lines(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def told(folder: Path) -> list[dict[str, Any]]:
-    """The records without times and without what only a resumed run says."""
-    times = {"elapsed_s", "compute_s", "slowest_compute_s", "sync_wait_s", "input_wait_s", "eval_s", "checkpoint_s"}
-    times |= {"samples_per_s", "transfer_s", "peak_memory_bytes", "memory_share", "name"}
-
-    def timeless(line: dict[str, Any]) -> dict[str, Any]:
-        return {
-            name: timeless(value) if isinstance(value, dict) else value
-            for name, value in line.items()
-            if name not in times
-        }
-
-    return [timeless(line) for line in lines(folder) if line.get("what") != "resumed"]
-
-
-def weights(folder: Path) -> torch.Tensor:
-    state = torch.load(folder / "model.pt", weights_only=True)
-    return torch.cat([value.double().flatten() for value in state.values()])
-
-
-def in_process(world: World, config: Config) -> None:
-    from trainer.loop.job import Job
-    from trainer.train import train_in
-
-    train_in(world, Job.open(config))
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An uninterrupted run of two ranks."""
-    root = tmp_path_factory.mktemp("runs")
-    run(2, in_process, settings(root, "whole"))
-    return root / "whole"
-
 
 def test_a_run_leaves_its_records(whole: Path) -> None:
-    records = lines(whole)
-    kinds = [line["kind"] for line in records]
+    written = lines(whole)
+    kinds = [line["kind"] for line in written]
     assert set(kinds) == {"round", "phase", "eval", "event", "end"}
-    rounds = [line for line in records if line["kind"] == "round"]
+    rounds = [line for line in written if line["kind"] == "round"]
     needed = (
         "round phase local_step samples plan lr train_loss elapsed_s compute_s sync_wait_s wire_bytes divergence "
         "grad_noise_scale"
@@ -152,10 +41,10 @@ def test_a_run_leaves_its_records(whole: Path) -> None:
     for before, after in itertools.pairwise(rounds):
         assert after["elapsed_s"] >= before["elapsed_s"]
         assert after["samples"] > before["samples"]
-    phases = [line for line in records if line["kind"] == "phase"]
+    phases = [line for line in written if line["kind"] == "phase"]
     assert [phase["name"] for phase in phases[:4]] == ["small", "large", "small", "large"]
     assert phases[1]["why"]["phase_samples"] >= phases[1]["why"]["samples_per_phase"] == 320
-    evals = [line for line in records if line["kind"] == "eval"]
+    evals = [line for line in written if line["kind"] == "eval"]
     assert [line["samples"] for line in evals][-1] == 1600
     assert len(evals) == 4
     summary = json.loads((whole / "summary.json").read_text())
@@ -191,7 +80,7 @@ def test_a_run_killed_and_resumed_equals_the_uninterrupted_one(whole: Path, name
     folder, deadline = root / name, time.monotonic() + 60
     while time.monotonic() < deadline:
         if (folder / "metrics.jsonl").exists() and any(
-            line["kind"] == "round" and line["samples"] >= wait_for for line in whole_lines(folder)
+            line["kind"] == "round" and line["samples"] >= wait_for for line in records(folder)
         ):
             break
         time.sleep(0.01)
@@ -206,11 +95,6 @@ def test_a_run_killed_and_resumed_equals_the_uninterrupted_one(whole: Path, name
     assert any(line.get("what") == "resumed" for line in lines(folder))
     assert torch.equal(weights(folder), weights(reference))
     assert told(folder) == told(reference)
-
-
-def whole_lines(folder: Path) -> list[dict[str, Any]]:
-    text = (folder / "metrics.jsonl").read_text()
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
 @pytest.mark.parametrize("size", [1, 3])
@@ -350,126 +234,3 @@ def test_evaluation_counts_every_sample_once_at_any_world_size() -> None:
         assert result.samples == 101
         assert result.accuracy == alone.accuracy
         assert result.loss == pytest.approx(alone.loss, rel=1e-5)
-
-
-# ---- faults
-
-
-class Faulty(nn.Module):
-    """Raises on rank 1 in its fourth step."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
-        self.calls = 0
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.calls += 1
-        if os.environ["RANK"] == "1" and self.calls == 4:
-            raise ArithmeticError("the fourth step of rank 1 went wrong")
-        out: torch.Tensor = self.inner(x)
-        return out
-
-
-def faulty_model(num_classes: int, channels: int) -> nn.Module:
-    return Faulty()
-
-
-@pytest.mark.parametrize("policy", ["small", "large"])
-def test_one_ranks_exception_ends_all_within_seconds_with_its_message(tmp_path: Path, policy: str) -> None:
-    config = settings(tmp_path, "faulty", task={"model": "test_train:faulty_model"}, policy={"first": policy})
-    processes = start(config, tmp_path)
-    assert processes[1].wait(60) == 1
-    began = time.monotonic()
-    codes, said = end(processes, timeout_s=20)
-    assert time.monotonic() - began < 10
-    assert codes == [1, 1], said
-    assert "rank 1: ArithmeticError: the fourth step of rank 1 went wrong" in said
-    assert re.search(r"rank 0: .+ failed on rank 0 of 2: a peer went away", said), said
-    assert said.count("Traceback") == 1 + said.count("The above exception"), "only the rank that failed tells where"
-
-
-def nan_loss(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    return outputs.sum() * float("nan")
-
-
-@pytest.mark.parametrize("first", ["small", "large"])
-def test_too_many_bad_losses_end_the_run_on_every_rank(tmp_path: Path, first: str) -> None:
-    config = settings(tmp_path, "nan", task={"loss": "test_train:nan_loss"}, policy={"first": first})
-    codes, said = end(start(config, tmp_path))
-    assert codes == [1, 1]
-    assert said.count("no finite loss in") == 2
-    assert "Traceback" not in said
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_to_one_rank_leaves_a_checkpoint_to_go_on_from(whole: Path, number: signal.Signals) -> None:
-    root, name = whole.parent, f"stopped-{number.name}"
-    config = settings(root, name, checkpoint={"every_samples": 10**6})
-    processes = start(config, root, forked=number == signal.SIGUSR1)  # the real command, once
-    folder, deadline = root / name, time.monotonic() + 60
-    # a round's record says that rank 1 has begun to train, and so to heed signals
-    while time.monotonic() < deadline and not (folder / "metrics.jsonl").exists():
-        time.sleep(0.01)
-    while time.monotonic() < deadline and not any(line["kind"] == "round" for line in whole_lines(folder)):
-        time.sleep(0.01)
-    processes[1].send_signal(number)
-    codes, said = end(processes)
-    assert codes == [1, 1]
-    assert not (folder / "summary.json").exists()
-    assert [line["what"] for line in lines(folder) if line["kind"] == "event"] == ["stopped", "checkpoint"], said
-    run(2, in_process, settings(root, name, checkpoint={"every_samples": 10**6}, run={"resume": "auto"}))
-    assert json.loads((folder / "summary.json").read_text())["samples"] == 1600
-
-
-def two_jobs(world: World) -> str:
-    try:
-        compare_ranks(world, "abc" if world.rank < 2 else "xyz")
-    except MismatchError as error:
-        return str(error)
-    return ""
-
-
-def test_ranks_of_two_jobs_are_told_apart() -> None:
-    said = run(3, two_jobs)
-    assert said[0] == said[1] == said[2]
-    assert "configuration is abc on ranks 0, 1 but xyz on rank 2" in said[0]
-
-
-def meshed(world: World) -> tuple[Any, ...]:
-    from torch.distributed.device_mesh import DeviceMesh
-
-    mesh = world.mesh
-    assert isinstance(mesh, DeviceMesh)
-    totals = []
-    for dimension in ("node", "local"):
-        value = torch.tensor(world.rank)
-        torch.distributed.all_reduce(value, group=mesh[dimension].get_group())
-        totals.append(value.item())
-    return world.node, world.local_rank, *totals
-
-
-def test_groups_for_node_and_local() -> None:
-    places = run(4, meshed, local_size=2)
-    assert places == [(0, 0, 0 + 2, 0 + 1), (0, 1, 1 + 3, 0 + 1), (1, 0, 0 + 2, 2 + 3), (1, 1, 1 + 3, 2 + 3)]
-
-
-def test_a_collective_that_nobody_joins_times_out_and_says_so() -> None:
-    with pytest.raises(RankError, match="averaging failed on rank 0 of 2: a peer went away, or did not answer in 5 s"):
-        run(2, lonely, timeout_s=60)
-
-
-def lonely(world: World) -> None:
-    from datetime import timedelta
-
-    from trainer.distributed.clock import Clock
-    from trainer.distributed.collectives import Collectives
-
-    torch.distributed.barrier()  # that a rank which starts late does not use up the other's time
-    torch.distributed.destroy_process_group()
-    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=5))
-    if world.rank == 1:
-        time.sleep(10)
-        return
-    late = World(rank=0, size=2, timeout_s=WorldConfig(timeout_s=5).timeout_s)
-    Collectives(late, Clock(world.device), 2**20).mean_([torch.ones(3)], 0.5)
