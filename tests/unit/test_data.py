@@ -3,53 +3,19 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.data import Dataset, TensorDataset
+from numbered import Numbers, stream
+from torch.utils.data import TensorDataset
 
 from trainer.config.config import DataConfig
-from trainer.data import DataPart, ShardStream, Transform, open_part, shard_of, split_evenly
+from trainer.data import DataPart, Transform, open_part, shard_of, split_evenly
 from trainer.data.sets import fake
 from trainer.distributed.world import World
 from trainer.errors import ConfigError
-
-
-class Numbers(Dataset[Any]):
-    """Item i is i; notes which items were opened in this process."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self.opened: list[int] = []
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        self.opened.append(index)
-        return torch.tensor([float(index)]), index
-
-
-class Noisy(Numbers):
-    """Draws from every global random state, as a user's transforms may."""
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        return torch.tensor([float(torch.rand(())), float(np.random.rand())]), index
-
-
-def stream(
-    size: int, ranks: int, rank: int, *, workers: int = 0, tensors: bool = False, items: Any = None
-) -> ShardStream:
-    world = World(rank=rank, size=ranks)
-    items = items or (
-        TensorDataset(torch.arange(size).float()[:, None], torch.arange(size)) if tensors else Numbers(size)
-    )
-    shard = shard_of("iid", size, ranks, rank, seed=3)
-    return ShardStream(DataPart(items, 10).subset(shard), DataConfig(workers=workers), world, seed=3)
 
 
 @given(samples=st.integers(1, 200), shards=st.integers(1, 12), seed=st.integers(0, 2**40))
@@ -83,29 +49,6 @@ def test_an_epoch_reads_every_sample_once_across_batch_sizes_and_a_resume(
     for start in range(0, len(read) - len(shard) + 1, len(shard)):
         assert set(read[start : start + len(shard)]) == shard
     assert len(set(read[-(len(read) % len(shard)) :])) == (len(read) % len(shard) or min(len(read), len(shard)))
-
-
-def test_both_ways_of_reading_give_one_stream_and_open_only_the_shard() -> None:
-    numbers = Numbers(50)
-    held, read, worked = stream(50, 2, 1, tensors=True), stream(50, 2, 1, items=numbers), stream(50, 2, 1, workers=2)
-    for size in (3, 20, 1, 30, 7):
-        expected = held.take(size)[1].tolist()
-        assert read.take(size)[1].tolist() == expected
-        assert worked.take(size)[1].tolist() == expected  # a new size holds at once, prefetched batches included
-    worked.close()
-    assert set(numbers.opened) == set(shard_of("iid", 50, 2, 1, seed=3).tolist())
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_random_transforms_of_a_data_set_repeat_after_a_resume(workers: int) -> None:
-    whole = stream(40, 1, 0, workers=workers, items=Noisy(40))
-    parts = [whole.take(size)[0] for size in (5, 9, 30)]
-    resumed = stream(40, 1, 0, workers=workers, items=Noisy(40))
-    resumed.seek(5)
-    assert torch.equal(resumed.take(9)[0], parts[1])
-    assert torch.equal(resumed.take(30)[0], parts[2])
-    whole.close()
-    resumed.close()
 
 
 def test_shards_of_two_nodes_follow_the_global_rank() -> None:
@@ -176,21 +119,3 @@ def make_numbers(root: str, train: bool) -> Numbers:
 
 def unlabelled(root: str, train: bool) -> Numbers:
     return Numbers(20)
-
-
-def test_imagefolder_reads_pictures_through_workers(tmp_path: Any) -> None:
-    from PIL import Image
-
-    for part, kind, index in itertools.product(("train", "val"), ("cat", "dog"), range(3)):
-        folder = tmp_path / part / kind
-        folder.mkdir(parents=True, exist_ok=True)
-        shade = 250 if kind == "dog" else 5
-        Image.new("RGB", (50, 40), (shade, shade, shade)).save(folder / f"{index}.jpg")
-    config = DataConfig(name="imagefolder", root=str(tmp_path), image_size=32, workers=1)
-    part = open_part(config, True, 0)
-    assert (len(part), part.classes) == (6, 2)
-    reading = ShardStream(part, config, World(), 0)
-    inputs, labels = reading.take(6)
-    reading.close()
-    assert inputs.shape == (6, 3, 32, 32)
-    assert torch.equal(inputs.mean(dim=(1, 2, 3)) > 0, labels == 1)

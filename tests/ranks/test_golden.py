@@ -1,7 +1,7 @@
 """Golden runs: a change that only moves code leaves every record and every weight as it was.
 
-`python -m pytest tests -k golden` compares with tests/golden/. Where a change is meant to alter what is trained, write
-the files anew with `GOLDEN=write` in the environment, in a commit of its own that says why.
+`python -m pytest tests -k golden` compares with tests/ranks/golden/. Where a change is meant to alter what is trained,
+write the files anew with `GOLDEN=write` in the environment, in a commit of its own that says why.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import pytest
 import torch
 from ranks import run
 from small_run import records
-from test_train import small_model  # noqa: F401  # named by the recipes below
 
 from trainer.config import recipes
 from trainer.config.config import Config
@@ -33,7 +32,7 @@ SEEN_TIMED = ("compute_s", "slowest_compute_s", "sync_wait_s", "transfer_s", "me
 BASE: dict[str, Any] = {
     "run": {"samples": 1_600},
     "data": {"name": "fake", "train_limit": 700, "test_limit": 101, "crop_padding": 1, "flip": True},
-    "task": {"model": "test_train:small_model"},
+    "task": {"model": "whole_runs:small_model"},
     "optim": {"lr": 0.02},
     "eval": {"every_samples": 500},
     "record": {"reference_s": 0.0, "tensorboard": False, "progress": False},

@@ -5,8 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -238,8 +236,3 @@ def test_what_is_not_a_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "command line" in refusal(capsys)
     with pytest.raises(ConfigError, match="one run's directory or more"):
         write_report([])
-
-
-def test_the_command_needs_no_torch() -> None:
-    look = "import sys, trainer.report.__main__; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", look], timeout=60).returncode == 0

@@ -12,7 +12,7 @@ from ranks import run
 from trainer.config import recipes
 from trainer.distributed.world import World
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SMALLER = (
     "--data.train-limit 512 --data.test-limit 32 --run.samples 224 --policy.samples-per-phase 80 "
     "--policy.small.batch-per-rank 4 --policy.small.sync-period-steps 5 --policy.large.batch-per-rank 8 "

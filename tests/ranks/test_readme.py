@@ -17,7 +17,7 @@ from trainer.distributed.world import World
 from trainer.plan import Observation
 from trainer.policies import POLICIES, policy_class
 
-README = Path(__file__).parent.parent / "README.md"
+README = Path(__file__).parents[2] / "README.md"
 
 
 def block_with(text: str) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from small_run import RECIPE, assert_same_model, records
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CLUSTER = ROOT / "launch" / "lab" / "slurm.sh"
 WAIT_S = 120.0
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from little import CLASSES, FEATURES, LR, trained
 from ranks import RankError, run
-from test_averaging import CLASSES, FEATURES, LR, trained
-from test_train import SETTINGS, in_process, lines, settings, weights
 from torch import nn
+from whole_runs import SETTINGS, in_process, lines, settings, weights
 
 from trainer import Alternating, Constant, LocalSGD, Plan, SyncConfig
 from trainer.config import recipes

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from little import by_hand, new_model, one_step, train, trained
 from ranks import run
-from test_averaging import by_hand, new_model, one_step, train, trained
 
 from trainer import Constant, Decision, LocalSGD, Observation, Plan, Policy, SyncConfig
 from trainer.distributed.world import World

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from small_run import RECIPE, assert_same_model, records
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 HOSTS = ROOT / "launch" / "lab" / "hosts.sh"
 ENV = os.environ | {
     "OMP_NUM_THREADS": "1",
@@ -36,7 +36,7 @@ TIMEOUT_S = 5.0
 TRAINER = """
 import sys
 from trainer.__main__ import main
-from trainer.launcher import read_launch
+from trainer.distributed.launcher import read_launch
 print(read_launch(), flush=True)
 sys.exit(main(sys.argv[1:]))
 """
@@ -127,8 +127,8 @@ COUNTED = """
 import sys, torch, torch.distributed as dist
 from pathlib import Path
 from trainer import Constant, LocalSGD, Plan, SyncConfig
-from trainer.config import WorldConfig
-from trainer.world import open_world
+from trainer.config.config import WorldConfig
+from trainer.distributed.world import open_world
 def interface():
     return int(Path("/sys/class/net/eth0/statistics/tx_bytes").read_text())
 with open_world(WorldConfig(backend="gloo")) as world:

@@ -1,0 +1,62 @@
+"""Whole commands in processes of their own, such as the ranks of `python -m trainer`.
+
+They are forked from the process that has imported torch once, which is what a command takes longest for.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ranks import context
+
+
+class Command:
+    """`python -m module *flags` in a forked process; has of subprocess.Popen what tests use."""
+
+    def __init__(self, module: str, flags: Sequence[str], env: Mapping[str, str]) -> None:
+        self.args = [sys.executable, "-m", module, *flags]
+        self._said = Path(tempfile.mkdtemp(prefix="ebbtide-said-"))
+        self._process = context.Process(target=_command, args=(module, list(flags), dict(env), self._said))
+        self._process.start()
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """The exit code; minus the signal's number where one ended it."""
+        self._process.join(timeout)
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired(self.args, timeout or 0)
+        return self.returncode
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        """What it said on its standard output and on its standard error, once it has ended."""
+        self.wait(timeout)
+        paths = (self._said / name for name in ("out", "err"))
+        out, err = (path.read_text() if path.exists() else "" for path in paths)
+        return out, err
+
+    def send_signal(self, number: int) -> None:
+        if self.returncode is None and self._process.pid is not None:
+            os.kill(self._process.pid, number)
+
+    def kill(self) -> None:
+        self._process.kill()
+
+
+def _command(module: str, flags: list[str], env: dict[str, str], said: Path) -> None:
+    os.environ.clear()
+    os.environ.update(env)
+    for number, name in ((1, "out"), (2, "err")):
+        file = os.open(said / name, os.O_WRONLY | os.O_CREAT, 0o600)
+        os.dup2(file, number)
+        os.close(file)
+    sys.argv = [module, *flags]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
