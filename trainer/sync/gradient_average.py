@@ -37,6 +37,11 @@ class GradientAverage:
         self._owed: dict[int, torch.Tensor] = {}
         """What compression lost of gradients (flat, by the parameter's number) and no wrapper has made good yet."""
         self._buckets: dict[int, list[torch.Tensor]] = {}
+        self._weight: float | None = None
+
+    def set_weight(self, weight: float | None) -> None:
+        """The weight of this rank's gradient in the mean over the ranks, whose weights sum to 1; None: 1 / ranks."""
+        self._weight = weight
 
     @property
     def on(self) -> bool:
@@ -107,7 +112,8 @@ class GradientAverage:
         """The average of a bucket, with its bytes counted and the end of the compute noted."""
         via = self.collectives
         notes = self._notes
-        own = notes.bucket(bucket.buffer()) if notes is not None else None
+        own = notes.bucket(bucket.buffer()) if notes is not None and self._weight is None else None
+        self._weigh(bucket.buffer(), via.size)
         if bucket.is_last():
             via.begin_overlap()
         with via.world.collective("averaging gradients"):
@@ -139,6 +145,13 @@ class GradientAverage:
             return mean
 
         return future.then(checked)
+
+    def _weigh(self, gradient: torch.Tensor, ranks: int) -> None:
+        """Make up for the division by `ranks` that follows, so that this rank has the weight that was set."""
+        if self._weight == 0:
+            gradient.zero_()  # 0 times NaN would be NaN
+        elif self._weight is not None:
+            gradient.mul_(self._weight * ranks)
 
     def _hand_over(self, powersgd: PowerSGDState, bucket: GradBucket) -> None:
         """Let the compressor make good what one before it owed of this bucket, as it first compresses it."""

@@ -17,7 +17,7 @@ from trainer.config.sync import SyncConfig, check_plans, check_scaler
 from trainer.control.controller import Controller
 from trainer.control.reports import compare
 from trainer.control.rounds import Round, Rounds
-from trainer.data import ShardStream
+from trainer.data.planned import PlannedBatches, Uneven
 from trainer.distributed.clock import Clock
 from trainer.distributed.collectives import Collectives
 from trainer.distributed.world import World
@@ -26,6 +26,7 @@ from trainer.policies import Policy
 from trainer.sync.averager import Averager
 from trainer.sync.consensus import consensus_model
 from trainer.sync.early_end import EarlyEnd
+from trainer.sync.feed import Batches, Feed, Options
 from trainer.sync.gradient_average import GradientAverage
 from trainer.sync.progress import Progress
 from trainer.sync.replica import Replica
@@ -95,7 +96,9 @@ class LocalSGD:
         self._transition = Transition(
             self.replica, self._averager, self._timetable, self._parallel, self._progress.notes, settings, self._scaler
         )
-        self._batch_samples: int | None = None
+        self._feed = Feed(
+            self._told, self._progress, self.collectives, self.clock, self._parallel, settings.observe_steps
+        )
         self._rate = ScaledRate(optimizer, self._before_update)
 
     # ---- entering and leaving
@@ -161,6 +164,11 @@ class LocalSGD:
     def _before_update(self) -> float:
         """The optimizer has all its gradients, and asks by what to scale its rate."""
         self.clock.overlap_ends()
+        if self._feed.idle and not self._parallel.on:  # a step without data of its own changes nothing
+            for parameter in self.replica.parameters:
+                if parameter.grad is not None:
+                    parameter.grad.zero_()
+            return 0.0
         if not self._parallel.on:
             gradients = [p.grad for p in self.replica.parameters]
             every, apart = self.plan.early_end == "gradient_change", not self._timetable.are_one
@@ -169,24 +177,63 @@ class LocalSGD:
             self._progress.notes.sum_up(self._scaler.get_scale() if self._scaler is not None else 1.0)
         return self.lr_scale
 
-    def batches(self, dataset: Any, samples: int | None = None, *, seed: int = 0) -> Iterator[tuple[Any, Any]]:
-        """This rank's shard in batches of the planned size, until all ranks together have trained `samples`.
+    def batches(
+        self,
+        data: Any,
+        samples: int | None = None,
+        *,
+        seed: int = 0,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        workers: int = 0,
+        uneven: Uneven = "stop",
+        shard: bool = True,
+    ) -> Batches:
+        """One more pass over the data at each call, in batches of the planned size, on the model's device.
+
+        Each pass has a new order, and reads every sample of this rank's shard once. All ranks end it together. After a
+        `break` the next call begins the next pass. A checkpoint holds how far a pass is: after `load_state_dict` the
+        first call for such a data set (of one kind, length and seed) reads the rest of the interrupted pass.
+
+            for epoch in range(sync.passes(dataset), 10):
+                for x, y in sync.batches(dataset):
+                    ...
 
         Args:
-            dataset: anything with a length and items (input, label), or a ShardStream of this rank's shard.
-            samples: where to stop, counted from the beginning of the run; by default one pass over the data set.
+            data: one of these.
+                A data set with a length and items by index: shared out by rank, read as planned.
+                An iterable of items, or a function that makes one: this rank's own, cut into batches as planned.
+                A DataLoader: this rank's own, its batches as they are; after a checkpoint as many are passed over. With
+                `batch_sampler` it follows the Plan.
+                The trainer's ShardStream: never ends, and needs `samples`.
+            samples: go on, pass after pass, until all ranks together have trained so many, counted from the
+                beginning of the run. Policies then know how far the run is.
+            seed: of the sharding, the order, and the random draws of the data set's own transforms.
+            collate_fn: makes a batch of a list of items; by default torch's own.
+            workers: reading processes of this rank; 0 reads in the training process.
+            uneven: where ranks have unequal numbers of batches. `stop` ends the pass for all with the first that has
+                no more. `go_on` ends it with the last; a rank without data repeats its last batch, which counts for
+                nothing. Where lengths are not known, ranks vote once a round in one small message.
+            shard: False if a data set is this rank's own already; lengths may differ then.
+
+        Raises:
+            ConfigError: arguments that cannot hold.
+            DataError: while it is read: data that is not there, or an item that cannot be read.
+        """
+        return self._feed.batches(data, Options(samples, seed, collate_fn, workers, uneven, shard))
+
+    def batch_sampler(self, data: Any, *, seed: int = 0) -> PlannedBatches:
+        """This rank's samples in lists of the planned size, for `DataLoader(dataset, batch_sampler=...)`.
+
+        Args:
+            data: the data set, or its length.
             seed: of the sharding and the order.
         """
-        stream = dataset
-        if not isinstance(dataset, ShardStream):
-            stream = ShardStream.of(dataset, self.world, seed=seed)
-        total = self._told.total_samples = samples if samples is not None else len(dataset)
-        while self.samples < total and not self.stopping:
-            share = -(-(total - self.samples) // self.world.size)
-            with self.clock.waiting("input_wait"):
-                batch = stream.take(min(self.plan.batch_per_rank, share))
-            self._batch_samples = len(batch[1])
-            yield batch
+        return self._feed.batch_sampler(data, seed)
+
+    def passes(self, data: Any, *, seed: int = 0, shard: bool = True) -> int:
+        """Passes over such a data set (of one kind, length and seed) that are over; one that a checkpoint interrupted
+        is not. The arguments are those of `batches`."""
+        return self._feed.passes(data, Options(seed=seed, shard=shard))
 
     def no_sync(self) -> AbstractContextManager[None]:
         """For all but the last of the micro-batches that make up a local step: gradients stay on this rank."""
@@ -200,6 +247,8 @@ class LocalSGD:
         Inside a longer period each rank answers for itself, without a message; at period 1 a gradient is everybody's,
         so one rank's bad loss makes every rank skip.
         """
+        if self._feed.idle:
+            loss = torch.zeros_like(loss)
         if not self._parallel.on:
             return lambda: math.isfinite(loss.item())
         vote = self._parallel.collectives.begin_sum(loss)
@@ -232,9 +281,11 @@ class LocalSGD:
         """
         self.clock.overlap_ends()
         count = samples if samples is not None else self._batch_samples
+        if self._feed.idle:
+            loss, count, right = torch.zeros_like(loss), 0, None
         if count is None:
             raise ValueError("samples = None: pass sync.step(loss, samples=...) for batches of a loader of your own")
-        self._batch_samples = None
+        self._feed.end_step()
         if skipped and self._parallel.on:
             self._parallel.forget()
         if self._timetable.are_one:
@@ -250,6 +301,11 @@ class LocalSGD:
         if self.plan.early_end != "never" and self._early.reached(self.plan):
             return self._end_round()
         return []
+
+    @property
+    def _batch_samples(self) -> int | None:
+        """Samples of the present step on this rank; `_feed.step_sizes` has those of all ranks."""
+        return self._feed.batch_samples
 
     @property
     def between_rounds(self) -> bool:
@@ -314,7 +370,8 @@ class LocalSGD:
         """At period 1 or 0: compare and decide."""
         headers = self.collectives.gather(self._progress.report())
         compare(headers)
-        if self.plan.sync_period_steps == 1 and len({header["samples"] for header in headers}) > 1:
+        equal = self._feed.take_weighed() or len({header["samples"] for header in headers}) == 1
+        if self.plan.sync_period_steps == 1 and not equal:
             warnings.warn(
                 "ranks trained different numbers of samples at period 1, where gradients are averaged with equal "
                 "weights: give every rank batches of one size, or drop the last",
@@ -349,6 +406,7 @@ class LocalSGD:
             "early": self._early.state_dict(),
             "averager": self._averager.state_dict(),
             "gradients": self._parallel.state_dict(),
+            "feed": self._feed.state_dict(),
             "timetable": self._timetable.state_dict(),
             "sent_bytes": self.collectives.sent_bytes,
             "clock": self.clock.state_dict(),
@@ -362,6 +420,8 @@ class LocalSGD:
         self._averager.load_state_dict(state["averager"])
         self._parallel.load_state_dict(state["gradients"])
         self._early.load_state_dict(state["early"])
+        if "feed" in state:
+            self._feed.load_state_dict(state["feed"])
         self._timetable.load_state_dict(state["timetable"])
         self.collectives.sent_bytes = state["sent_bytes"]
         self.clock.load_state_dict(state["clock"])
