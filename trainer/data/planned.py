@@ -25,7 +25,7 @@ def step_sizes(left: Sequence[int], planned: int, uneven: Uneven = "stop") -> li
     if (fewest if uneven == "stop" else most) <= 0:
         return []
     if fewest == planned and most == planned + 1 and planned > 1:
-        planned = (most + 1) // 2
+        return [(each + 1) // 2 for each in left]
     return [min(planned, each) for each in left]
 
 

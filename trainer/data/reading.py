@@ -196,10 +196,10 @@ class BatchReader:
         return batch
 
     def _ahead(self, start: int, count: int, coming: Callable[[], Iterator[int]]) -> Any:
-        if self._batches is None or not self._due or self._due[0] != (start, count):
-            self.close()
-            self._batches = iter(self._loader(start, coming()))
         try:
+            if self._batches is None or not self._due or self._due[0] != (start, count):
+                self.close()
+                self._batches = iter(self._loader(start, coming()))
             batch = next(self._batches)
         except Exception as error:
             raise dead_worker(error) from error
@@ -225,9 +225,15 @@ class BatchReader:
 
 def dead_worker(error: Exception) -> Exception:
     """The error of a reading process, in one line."""
-    if "exited unexpectedly" in str(error) or "is killed by signal" in str(error):
+    gone = isinstance(error, ConnectionError | EOFError)  # it died while it handed a tensor over
+    if gone or "exited unexpectedly" in str(error) or "is killed by signal" in str(error):
         return DataError(
             f"a reading process died ({one_line(error)}): workers=0 shows its own error; often memory has run out"
+        )
+    if "pickle" in str(error):
+        return DataError(
+            f"the data set or collate_fn cannot be sent to reading processes ({one_line(error)}): "
+            "define it at a module's top level, or take workers=0"
         )
     return DataError(f"reading failed: {one_line(error)}")
 

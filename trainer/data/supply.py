@@ -321,7 +321,8 @@ def guarded_batches(loader: DataLoader[Any]) -> Iterator[Any]:
     try:
         yield from loader
     except Exception as error:
-        if "worker" in str(error) and "exited unexpectedly" in str(error):
+        gone = isinstance(error, ConnectionError | EOFError)
+        if gone or "exited unexpectedly" in str(error) or "pickle" in str(error):
             raise dead_worker(error) from error
         raise DataError(f"the DataLoader raised {_cause(error)}") from error
 
