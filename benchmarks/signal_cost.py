@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from benchmarks.provenance import provenance
 from trainer.control.controller import Controller
-from trainer.control.reports import SKETCH
+from trainer.control.reports import SKETCH, Report, Total
 from trainer.control.signals import Signals
 from trainer.plan import Observation, Plan
 from trainer.policies import Autopilot
@@ -63,8 +63,9 @@ def measure(repeats: int, drift: float) -> dict[str, float]:
         optimizer.step()
 
     def message() -> None:
-        header = notes.header() | {"steps": 16, "samples": 16 * BATCH}
-        signals.take([header, dict(header)], 0, 1.0)
+        report = Report(steps=16, samples=16 * BATCH, sketch=notes.sketch(), **notes.noted())
+        both = [2 * number for number in report.sums(2)]
+        signals.take(Total.of(both, report.mosts(), [report.own] * 2), 0, 1.0)
         notes.begin()
 
     def buckets() -> None:
@@ -76,10 +77,9 @@ def measure(repeats: int, drift: float) -> dict[str, float]:
 
     for number in range(repeats * OBSERVE):
         found["step"].append(seconds(step))
-        gradients = [parameter.grad for parameter in model.parameters()]
-        found["note"].append(seconds(lambda gradients=gradients, number=number: notes.note(gradients, number)))  # type: ignore[misc]
+        found["note"].append(seconds(lambda number=number: notes.note([*model.parameters()], number)))  # type: ignore[misc]
         found["message"].append(seconds(message))
-        flat = [torch.cat([gradient.flatten() for gradient in gradients if gradient is not None])]
+        flat = [torch.cat([each.grad.flatten() for each in model.parameters() if each.grad is not None])]
         found["buckets"].append(seconds(buckets))
         notes.begin()
         seen = observation(number, controller.plan, drift)

@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from trainer.config import recipes
 from trainer.distributed.launcher import read_launch
-from trainer.errors import ConfigError, MismatchError, PeerError
+from trainer.errors import ConfigError, DataError, MismatchError, PeerError
 
 
 def guarded(prog: str, work: Callable[[], int]) -> int:
@@ -20,7 +20,7 @@ def guarded(prog: str, work: Callable[[], int]) -> int:
     except ConfigError as error:
         # every rank was given the same configuration: the first of each host says why it cannot be
         return recipes.refuse(error, prog) if _place()[1] == 0 else 2
-    except (PeerError, MismatchError, FloatingPointError) as error:
+    except (DataError, PeerError, MismatchError, FloatingPointError) as error:
         print(f"{prog}: rank {_place()[0]}: {error}", file=sys.stderr, flush=True)
     except KeyboardInterrupt:
         print(f"{prog}: rank {_place()[0]}: interrupted", file=sys.stderr, flush=True)

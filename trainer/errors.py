@@ -15,6 +15,10 @@ class PeerError(RuntimeError):
     """A collective that did not finish: names the operation and the rank it failed on."""
 
 
+class DataError(RuntimeError):
+    """Data that could not be read. Its text is one line: the item, the cause."""
+
+
 class MismatchError(RuntimeError):
     """Ranks that disagree about what they are doing: names both sides."""
 

@@ -15,7 +15,7 @@ from torch.utils.data import Subset, TensorDataset
 from torchvision.transforms import v2
 
 from trainer.config.config import DataConfig
-from trainer.errors import ConfigError, import_object
+from trainer.errors import ConfigError, DataError, import_object
 
 IMAGENET_STATS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 STATS = {  # mean and standard deviation of the training pictures, by channel
@@ -107,12 +107,43 @@ def _imagefolder(config: DataConfig, train: bool) -> DataPart:
     )
     folder = Path(config.root) / ("train" if train else "val")
     try:
-        found = torchvision.datasets.ImageFolder(str(folder), transform=v2.Compose([*crop, v2.PILToTensor()]))
+        found = torchvision.datasets.ImageFolder(
+            str(folder), transform=v2.Compose([*crop, v2.PILToTensor()]), loader=_open_picture
+        )
+        _compare_classes(config.root)
     except FileNotFoundError as error:
         raise ConfigError(
             f"data.root = {config.root!r}: needs train/ and val/, a folder a class in each ({error})"
         ) from error
     return DataPart(found, len(found.classes), *IMAGENET_STATS)
+
+
+def _open_picture(path: str) -> Any:
+    """A picture file, read whole.
+
+    Raises:
+        DataError: names the file.
+    """
+    try:
+        return torchvision.datasets.folder.pil_loader(path)
+    except Exception as error:  # of any of the formats' readers
+        raise DataError(f"{path}: cannot be read as a picture ({type(error).__name__}: {error})") from error
+
+
+def _compare_classes(root: str) -> None:
+    """Training and test part must have the same folders, since a class's number is its folder's place.
+
+    Raises:
+        ConfigError: names classes that one part lacks.
+    """
+    train, val = ({each.name for each in (Path(root) / part).iterdir() if each.is_dir()} for part in ("train", "val"))
+    sides = [
+        f"{part}/ lacks {', '.join(sorted(missing)[:5])}{', ...' if len(missing) > 5 else ''}"
+        for part, missing in (("val", train - val), ("train", val - train))
+        if missing
+    ]
+    if sides:
+        raise ConfigError(f"data.root = {root!r}: train/ and val/ need the same classes ({'; '.join(sides)})")
 
 
 def _own(config: DataConfig, train: bool) -> DataPart:

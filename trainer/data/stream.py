@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import random
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -15,13 +13,18 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from trainer.config.config import DataConfig
-from trainer.data.partition import Indices, shard_of
+from trainer.data.nested import put
+from trainer.data.partition import Indices
+from trainer.data.reading import Failed, as_it_is, dead_worker, mixed_seed, read_batch
 from trainer.data.sets import DataPart
 from trainer.data.transform import Transform
 from trainer.distributed.world import World
 
 Batch = tuple[Any, Any]
-CHUNK = 16  # samples that a reading process hands over at once; batches are put together from them
+CHUNK = 16
+"""Samples that a reading process hands over at once; batches are put together from them."""
+AHEAD = 2
+"""Batches that reading processes are ahead."""
 
 
 class Order:
@@ -70,12 +73,6 @@ class ShardStream:
         reader = TensorReader if tensors else LoaderReader
         self._reader: TensorReader | LoaderReader = reader(shard.items, self._order, config, world.device)
 
-    @classmethod
-    def of(cls, dataset: Any, world: World, *, seed: int = 0) -> ShardStream:
-        """The stream of this rank's share of a user's own data set, for a loop of his own."""
-        mine = shard_of("iid", len(dataset), world.size, world.rank, seed)
-        return cls(DataPart(dataset, classes=0).subset(mine), DataConfig(workers=0), world, seed)
-
     def take(self, count: int) -> Batch:
         """The next `count` samples: inputs [count, ...] ready for the model, labels [count]."""
         inputs, labels = self._reader.read(self.consumed, count)
@@ -118,20 +115,15 @@ class TensorReader:
 
 
 @dataclass
-class _Positioned:
-    """A data set asked by position in the stream; its own random transforms depend on the position alone."""
+class _Chunks:
+    """A data set asked for chunks of the stream; its own random transforms depend on the chunk's number alone."""
 
     items: Any
     order: Order
 
-    def __getitem__(self, position: int) -> Any:
-        place = int(self.order.places(position, 1)[0])
-        mixed = int(np.random.SeedSequence([self.order.seed, 4, self.order.rank, position]).generate_state(1)[0])
-        with kept_random_state():  # where no process of its own reads, training draws from the same states
-            random.seed(mixed)
-            np.random.seed(mixed % 2**32)
-            torch.default_generator.manual_seed(mixed)
-            return self.items[place]
+    def __getitem__(self, number: int) -> Any:
+        places = self.order.places(number * CHUNK, CHUNK)
+        return read_batch(self.items, places, mixed_seed(self.order.seed, 4, self.order.rank, number), None)
 
 
 class LoaderReader:
@@ -146,37 +138,61 @@ class LoaderReader:
         self._workers = config.workers
         self._chunks: Iterator[Any] | None = None
         self._rest: Batch | None = None
+        self._ahead = 0
 
     def read(self, start: int, count: int) -> Batch:
-        if self._chunks is None:
-            self._chunks = iter(self._loader(start))
+        self._prepare(start, count)
         parts = [self._rest] if self._rest is not None else []
         while sum(len(labels) for _, labels in parts) < count:
-            parts.append(next(self._chunks))
-        inputs, labels = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+            parts.append(self._next())
+        inputs, labels = (torch.cat(tensors) if len(parts) > 1 else tensors[0] for tensors in zip(*parts, strict=True))
         self._rest = (inputs[count:], labels[count:]) if len(labels) > count else None
-        return self._put(inputs[:count]), self._put(labels[:count])
+        first, second = put((inputs[:count], labels[:count]), self._device)
+        return first, second
 
     def at(self, places: Indices) -> Batch:
-        picked = torch.utils.data.default_collate([self._items[int(place)] for place in places])
-        return self._put(picked[0]), self._put(picked[1])
+        picked = read_batch(self._items, places, 0, None)
+        if isinstance(picked, Failed):
+            raise picked.error()
+        first, second = put(picked, self._device)
+        return first, second
 
     def close(self) -> None:
         self._chunks, self._rest = None, None
 
-    def _loader(self, start: int) -> DataLoader[Any]:
+    def _prepare(self, start: int, count: int) -> None:
+        """Have chunks come from `start` on, read as far ahead as batches of this size need."""
+        needed = AHEAD * -(-count // CHUNK)
+        if self._chunks is not None and (needed <= self._ahead or not self._workers):
+            return
+        self._ahead = max(needed, 4 * self._workers)
+        self._chunks = iter(self._loader(start // CHUNK))
+        self._rest = None
+        if passed := start % CHUNK:  # a chunk is read whole, so that its random draws repeat
+            inputs, labels = self._next()
+            self._rest = inputs[passed:], labels[passed:]
+
+    def _next(self) -> Batch:
+        assert self._chunks is not None
+        try:
+            chunk = next(self._chunks)
+        except Exception as error:
+            raise dead_worker(error) from error
+        if isinstance(chunk, Failed):
+            raise chunk.error()
+        inputs, labels = chunk
+        return inputs, labels
+
+    def _loader(self, first_chunk: int) -> DataLoader[Any]:
         return DataLoader(
-            _Positioned(self._items, self._order),  # type: ignore[arg-type]  # map-style by its __getitem__
-            batch_size=CHUNK,
-            sampler=_Endless(start),
+            _Chunks(self._items, self._order),  # type: ignore[arg-type]  # map-style by its __getitem__
+            batch_size=None,
+            sampler=_Endless(first_chunk),
             num_workers=self._workers,
-            prefetch_factor=4 if self._workers else None,
-            pin_memory=self._device.type == "cuda",
+            collate_fn=as_it_is,
+            prefetch_factor=-(-self._ahead // self._workers) if self._workers else None,
             generator=torch.Generator(),  # of its own: a reader that starts anew must not draw from training's
         )
-
-    def _put(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(self._device, non_blocking=True)
 
 
 @dataclass
@@ -198,13 +214,3 @@ def split_evenly(
         batches = DataLoader(mine.items, batch, num_workers=workers, generator=torch.Generator())
     for inputs, labels in batches:
         yield transform(inputs.to(world.device)), labels.to(world.device)
-
-
-@contextmanager
-def kept_random_state() -> Iterator[None]:
-    """Put every host random state back as it was."""
-    host = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
-        yield
-    random.setstate(host[0])
-    np.random.set_state(host[1])

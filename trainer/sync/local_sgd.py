@@ -17,7 +17,7 @@ from trainer.config.sync import SyncConfig, check_plans, check_scaler
 from trainer.control.controller import Controller
 from trainer.control.reports import Total
 from trainer.control.rounds import Round, Rounds
-from trainer.data import ShardStream
+from trainer.data.planned import PlannedBatches, Uneven
 from trainer.distributed.board import told
 from trainer.distributed.clock import Clock
 from trainer.distributed.collectives import Collectives
@@ -29,6 +29,7 @@ from trainer.policies import Policy
 from trainer.sync.averager import Averager, share
 from trainer.sync.consensus import consensus_model
 from trainer.sync.early_end import EarlyEnd
+from trainer.sync.feed import Batches, Feed, Options
 from trainer.sync.gradient_average import GradientAverage
 from trainer.sync.progress import Progress
 from trainer.sync.replica import Replica
@@ -97,7 +98,6 @@ class LocalSGD:
         self.collectives = Collectives(self._levelled(self.world), self.clock, settings.bucket_bytes)
         self.world = self.collectives.world
         self._inside = False
-        self._batch_samples: int | None = None
         self.replica = Replica(model, optimizer, self.collectives, keeps_state=settings.state != "average")
         averages_gradients = [plan for plan in policy.plans() if plan.averages == "gradients"]
         _check_optimizer(optimizer, averages_gradients=bool(averages_gradients) and self.world.size > 1)
@@ -116,6 +116,8 @@ class LocalSGD:
         self._timetable = Timetable(self._averager, self.settings, self._told, self._progress)
         averaging = self.replica, self._averager, self._timetable, self._gradients
         self._transition = Transition(*averaging, self._progress.notes, self.settings, self._scaler)
+        gathered = self._told, self._progress, self.collectives, self.clock
+        self._feed = Feed(*gathered, self._gradients, self.settings.observe_steps)
         self._rate = ScaledRate(self.optimizer, self._before_update)
 
     def _levelled(self, world: World) -> World:
@@ -213,6 +215,11 @@ class LocalSGD:
         if not with_closure:  # else it computes the gradients itself
             self._gradients.join()
         self._progress.updates += 1
+        if self._feed.idle and not self._gradients.on:  # a step without data of its own changes nothing
+            for parameter in self.replica.parameters:
+                if parameter.grad is not None:
+                    parameter.grad.zero_()
+            return 0.0
         notes = self._progress.notes
         if self.plan.averages == "gradients":
             scale = self._scaler.get_scale() if self._scaler is not None else 1.0
@@ -222,24 +229,63 @@ class LocalSGD:
             notes.look(self.replica.parameters, self.rounds, every=every, apart=apart)
         return self.lr_scale
 
-    def batches(self, dataset: Any, samples: int | None = None, *, seed: int = 0) -> Iterator[tuple[Any, Any]]:
-        """This rank's shard in batches of the planned size, until all ranks together have trained `samples`.
+    def batches(
+        self,
+        data: Any,
+        samples: int | None = None,
+        *,
+        seed: int = 0,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        workers: int = 0,
+        uneven: Uneven = "stop",
+        shard: bool = True,
+    ) -> Batches:
+        """One more pass over the data at each call, in batches of the planned size, on the model's device.
+
+        Each pass has a new order, and reads every sample of this rank's shard once. All ranks end it together. After a
+        `break` the next call begins the next pass. A checkpoint holds how far a pass is: after `load_state_dict` the
+        first call for such a data set (of one kind, length and seed) reads the rest of the interrupted pass.
+
+            for epoch in range(sync.passes(dataset), 10):
+                for x, y in sync.batches(dataset):
+                    ...
 
         Args:
-            dataset: anything with a length and items (input, label), or a ShardStream of this rank's shard.
-            samples: where to stop, counted from the beginning of the run; by default one pass over the data set.
+            data: one of these.
+                A data set with a length and items by index: shared out by rank, read as planned.
+                An iterable of items, or a function that makes one: this rank's own, cut into batches as planned.
+                A DataLoader: this rank's own, its batches as they are; after a checkpoint as many are passed over. With
+                `batch_sampler` it follows the Plan.
+                The trainer's ShardStream: never ends, and needs `samples`.
+            samples: go on, pass after pass, until all ranks together have trained so many, counted from the
+                beginning of the run. Policies then know how far the run is.
+            seed: of the sharding, the order, and the random draws of the data set's own transforms.
+            collate_fn: makes a batch of a list of items; by default torch's own.
+            workers: reading processes of this rank; 0 reads in the training process.
+            uneven: where ranks have unequal numbers of batches. `stop` ends the pass for all with the first that has
+                no more. `go_on` ends it with the last; a rank without data repeats its last batch, which counts for
+                nothing. Where lengths are not known, ranks vote once a round in one small message.
+            shard: False if a data set is this rank's own already; lengths may differ then.
+
+        Raises:
+            ConfigError: arguments that cannot hold.
+            DataError: while it is read: data that is not there, or an item that cannot be read.
+        """
+        return self._feed.batches(data, Options(samples, seed, collate_fn, workers, uneven, shard))
+
+    def batch_sampler(self, data: Any, *, seed: int = 0) -> PlannedBatches:
+        """This rank's samples in lists of the planned size, for `DataLoader(dataset, batch_sampler=...)`.
+
+        Args:
+            data: the data set, or its length.
             seed: of the sharding and the order.
         """
-        stream = dataset
-        if not isinstance(dataset, ShardStream):
-            stream = ShardStream.of(dataset, self.world, seed=seed)
-        total = self._told.total_samples = samples if samples is not None else len(dataset)
-        while self.samples < total and not self.stopping:
-            share = -(-(total - self.samples) // self.world.size)
-            with self.clock.waiting("input_wait"):
-                batch = stream.take(min(self.plan.batch_per_rank, share))
-            self._batch_samples = len(batch[1])
-            yield batch
+        return self._feed.batch_sampler(data, seed)
+
+    def passes(self, data: Any, *, seed: int = 0, shard: bool = True) -> int:
+        """Passes over such a data set (of one kind, length and seed) that are over; one that a checkpoint interrupted
+        is not. The arguments are those of `batches`."""
+        return self._feed.passes(data, Options(seed=seed, shard=shard))
 
     def no_sync(self) -> AbstractContextManager[None]:
         """For all but the last of the micro-batches that make up a local step: gradients stay on this rank."""
@@ -253,6 +299,8 @@ class LocalSGD:
         Inside a longer period each rank answers for itself, without a message; at period 1 a gradient is everybody's,
         so one rank's bad loss makes every rank skip.
         """
+        if self._feed.idle:
+            loss = torch.zeros_like(loss)
         if not self._gradients.on:
             return lambda: math.isfinite(loss.item())
         via = self._gradients.collectives
@@ -293,12 +341,13 @@ class LocalSGD:
         """
         self._require_inside("step")
         count, mean = self._counted(samples), _one_number(loss)
+        if self._feed.idle:
+            mean, count, correct, right = torch.zeros_like(mean), 0, None, None
         with torch.inference_mode(mode=False):
             return self._step(mean, count, skipped=skipped, correct=correct if correct is not None else right)
 
     def _counted(self, samples: int | None) -> int:
-        count = samples if samples is not None else self._batch_samples
-        self._batch_samples = None
+        count = samples if samples is not None else self._feed.batch_samples
         if count is None:
             raise ConfigError("samples = None: pass sync.step(loss, samples=...) for batches of a loader of your own")
         if isinstance(count, bool) or int(count) != count or count < 0:
@@ -311,6 +360,7 @@ class LocalSGD:
             self._gradients.forget()
         self._gradients.join()  # a rank that had nothing to train takes part all the same
         self._gradients.end_step()
+        self._feed.end_step()
         self._timetable.stepped(self.plan, count)
         self._progress.count(loss, count, skipped=skipped, correct=correct)
         self.world.board.step = self.local_step + 1
@@ -413,7 +463,7 @@ class LocalSGD:
             )
         if "updates" in total.differing:
             self._transition.mend(self.plan)
-        if len(set(total.samples_by_rank)) > 1 and self._gradients.weight is None:
+        if len(set(total.samples_by_rank)) > 1 and not self._feed.take_weighed():
             warnings.warn(
                 "ranks trained different numbers of samples at period 1, where gradients are averaged with equal "
                 "weights: take batches from sync.batches(loader), or give every rank batches of one size",
@@ -450,6 +500,7 @@ class LocalSGD:
             "early": self._early.state_dict(),
             "averager": self._averager.state_dict(),
             "gradients": self._gradients.state_dict(),
+            "feed": self._feed.state_dict(),
             "timetable": self._timetable.state_dict(),
             "sent_bytes": self.collectives.sent_bytes,
             "clock": self.clock.state_dict(),
@@ -464,6 +515,8 @@ class LocalSGD:
         self._averager.load_state_dict(state["averager"])
         self._gradients.load_state_dict(state["gradients"])
         self._early.load_state_dict(state["early"])
+        if "feed" in state:
+            self._feed.load_state_dict(state["feed"])
         self._timetable.load_state_dict(state["timetable"])
         self.collectives.sent_bytes = state["sent_bytes"]
         self.clock.load_state_dict(state["clock"])

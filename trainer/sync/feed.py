@@ -1,0 +1,650 @@
+"""Passes over a user's data: batches as planned, ranks that stop together, and cursors that a checkpoint holds."""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, get_args
+
+from trainer.control.rounds import Rounds
+from trainer.data import ShardStream
+from trainer.data.nested import put
+from trainer.data.planned import PlannedBatches, Uneven, count_steps, length_of, shard_sizes, step_sizes
+from trainer.data.reading import Collate
+from trainer.data.supply import UNKNOWN, Place, PlannedLoader, Supply, open_supply
+from trainer.distributed.clock import Clock
+from trainer.distributed.collectives import Collectives
+from trainer.errors import ConfigError, DataError, MismatchError, require
+from trainer.plan import Plan
+from trainer.sync.gradient_average import GradientAverage
+from trainer.sync.progress import Progress
+
+MOST_AHEAD = 64
+"""Steps that one vote covers at most."""
+Key = tuple[Any, ...]
+"""By which a resumed run knows a data set again: kind, length, seed, whether it is shared out."""
+Sizes = list[int | None]
+"""Samples of every rank's next batch, by rank: UNKNOWN for a batch without a length, None without a batch."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """The arguments of `LocalSGD.batches`, besides the data."""
+
+    samples: int | None = None
+    seed: int = 0
+    collate_fn: Collate | None = None
+    workers: int = 0
+    uneven: Uneven = "stop"
+    shard: bool = True
+
+    def __post_init__(self) -> None:
+        require("uneven", self.uneven, self.uneven in get_args(Uneven), f"choose one of {', '.join(get_args(Uneven))}")
+        require("workers", self.workers, self.workers >= 0, "must be at least 0")
+        require("seed", self.seed, self.seed >= 0, "must be at least 0")
+        require("samples", self.samples, self.samples is None or self.samples >= 1, "must be at least 1")
+
+
+@dataclass
+class Cursor:
+    """How far a pass is."""
+
+    number: int
+    """Of the pass among those over its data set, from 0: it decides the order."""
+    kind: str
+    length: int
+    seed: int
+    shard: bool
+    consumed: int = 0
+    """Read by this rank: samples, or batches of a DataLoader."""
+    last: int = 0
+    """Of those, the last batch."""
+    left: list[int] | None = None
+    """Samples left on each rank, for a DataLoader of `batch_sampler`."""
+    live: bool = field(default=False, compare=False)
+    """Its loop is running."""
+
+    @property
+    def key(self) -> Key:
+        """Of its data set."""
+        return self.kind, self.length, self.seed, self.shard
+
+
+class Feed:
+    """Gives batches to a loop, and knows how many samples every rank trains in the present step.
+
+    Args:
+        told: what ranks have told one another; it knows the Plan.
+        progress: this rank's place in the run.
+        collectives: of all ranks.
+        clock: where waits for input are counted.
+        parallel: the average of gradients, told each rank's weight where ranks train unequal batches.
+        observe_steps: steps that a vote covers where the Plan has no rounds of several steps.
+    """
+
+    def __init__(
+        self,
+        told: Rounds,
+        progress: Progress,
+        collectives: Collectives,
+        clock: Clock,
+        parallel: GradientAverage,
+        observe_steps: int,
+    ) -> None:
+        self.told, self.progress, self.via, self.clock, self.parallel = told, progress, collectives, clock, parallel
+        self._observe_steps = observe_steps
+        self._begun: dict[Key, int] = {}
+        self._open: list[Cursor] = []
+        self._pending: list[Cursor] = []
+        self._taken: dict[tuple[Key, int], Sizes] = {}
+        self._weighed = self._warned = False
+
+    # ---- what a step asks
+
+    @property
+    def step_sizes(self) -> Sizes | None:
+        """Samples that each rank trains in the present step, by rank; None where its batch is not of `batches`.
+
+        The same on every rank, so a learning rate may follow it.
+        """
+        if not self._taken:
+            return None
+        return [_most(sizes) for sizes in zip(*self._taken.values(), strict=True)]
+
+    @property
+    def batch_samples(self) -> int | None:
+        """Samples of this rank in the present step; None where they are not known."""
+        sizes = self.step_sizes
+        if sizes is None:
+            return None
+        mine = sizes[self.via.rank] or 0
+        return None if mine == UNKNOWN else mine
+
+    @property
+    def idle(self) -> bool:
+        """This rank has no data of its own for the present step, which must change nothing."""
+        return bool(self._taken) and self.batch_samples == 0
+
+    def end_step(self) -> None:
+        """A local step was counted."""
+        self._taken = {}
+        self.parallel.set_weight(None)
+
+    def passes(self, data: Any, options: Options) -> int:
+        """Passes over this data set that are over."""
+        supply = open_supply(data, self._place(options), collate=None, workers=0, shard=options.shard)
+        key = self._new(supply, options).key
+        return self._begun.get(key, 0) - sum(cursor.key == key for cursor in (*self._open, *self._pending))
+
+    def take_weighed(self) -> bool:
+        """Whether ranks' gradients were weighted by unequal batches since this was last asked."""
+        weighed, self._weighed = self._weighed, False
+        return weighed
+
+    # ---- what a loop asks
+
+    def batches(self, data: Any, options: Options) -> Batches:
+        """One more pass at each iteration."""
+        if options.samples is not None:
+            self.told.total_samples = options.samples
+        if isinstance(data, ShardStream):
+            total = options.samples
+            if total is None:
+                raise ConfigError("samples = None: a ShardStream never ends; say how many samples the run has")
+            return Batches(lambda: self._endless(data, total), lambda: None)
+        return Batches(lambda: self._passes(data, options), lambda: self._count(data, options))
+
+    def batch_sampler(self, data: Any, seed: int) -> PlannedBatches:
+        """Lists of indices for a DataLoader of a user's own."""
+        return PlannedBatches(
+            length_of(data),
+            self.via.rank,
+            self.via.size,
+            seed=seed,
+            planned=lambda: self.plan.batch_per_rank,
+            next_pass=lambda: self._number((KINDS[-1], length_of(data), seed, True)),
+        )
+
+    @property
+    def plan(self) -> Plan:
+        """What the present round does."""
+        return self.told.controller.plan
+
+    def window(self) -> int:
+        """Steps to the next exchange of the ranks, which a vote covers."""
+        period = self.plan.sync_period_steps
+        rest = period - self.progress.round_steps if period > 1 else self._observe_steps - self.progress.ledger.steps
+        return min(max(1, rest), MOST_AHEAD)
+
+    def _endless(self, stream: ShardStream, total: int) -> Iterator[Any]:
+        """The trainer's own stream, which fills a batch up from the next epoch."""
+        while self.progress.samples < total and not self.told.stopping:
+            share = -(-(total - self.progress.samples) // self.via.size)
+            with self.clock.waiting("input_wait"):
+                batch = stream.take(min(self.plan.batch_per_rank, share))
+            self._taken = {((), 0): [len(batch[1])] * self.via.size}
+            yield batch
+
+    def _passes(self, data: Any, options: Options) -> Iterator[Any]:
+        """One pass, or as many as `samples` asks for."""
+        while True:
+            this = self._begin(data, options)
+            yield from self._run(this)
+            done = options.samples is None or this.done >= options.samples or self.told.stopping
+            if not done and this.cursor.kind == "generator":
+                warnings.warn(
+                    f"samples = {options.samples}: the generator ended after {this.done}; pass a function that makes "
+                    "one, to go on with a further pass",
+                    stacklevel=2,
+                )
+                done = True
+            if done:
+                return
+
+    def _run(self, this: Pass) -> Iterator[Any]:
+        cursor = this.cursor
+        try:
+            while not self.told.stopping and not this.limit_reached:
+                found = this.next()
+                if found is None:
+                    if cursor in self._open:
+                        self._open.remove(cursor)
+                    return
+                batch, sizes = found
+                self._hand_out(cursor, sizes)
+                yield batch
+        finally:
+            cursor.live = False
+            this.supply.close()
+
+    def _hand_out(self, cursor: Cursor, sizes: Sizes) -> None:
+        """Note a batch of the present step: several of one pass are added up, and what another pass left is dropped."""
+        live = [(each.key, each.number) for each in self._open if each.live]
+        self._taken = {each: taken for each, taken in self._taken.items() if each in live}
+        before = self._taken.get((cursor.key, cursor.number), [None] * len(sizes))
+        self._taken[cursor.key, cursor.number] = [_plus(*pair) for pair in zip(before, sizes, strict=True)]
+        if self.parallel.on:
+            weight = self._weight()
+            self._weighed |= weight is not None
+            self.parallel.set_weight(weight)
+
+    def _weight(self) -> float | None:
+        """This rank's share in the mean of gradients; None where all weigh alike."""
+        sizes = self.step_sizes
+        assert sizes is not None
+        inside = self.parallel.collectives  # of all ranks, or of a node's
+        world = self.via.world
+        told = [sizes[rank] for rank in world.nodes[world.node]] if inside.size < self.via.size else sizes
+        counts = [size or 0 for size in told]
+        if UNKNOWN in counts:
+            counts = [int(size is not None) for size in told]
+        if len(set(counts)) == 1 and counts[0]:
+            return None
+        return counts[inside.rank] / sum(counts) if any(counts) else 0.0
+
+    # ---- beginning a pass
+
+    def _begin(self, data: Any, options: Options) -> Pass:
+        """Open the data on every rank, compare, and begin the next pass or go on with one of a checkpoint."""
+        problem: Exception | None = None
+        supply, cursor = None, None
+        facts = dict.fromkeys(("length", "kind", "number", "left"), -1) | {"ended": True}
+        try:
+            supply = open_supply(
+                data,
+                self._place(options),
+                collate=options.collate_fn,
+                workers=options.workers,
+                shard=options.shard,
+            )
+            cursor = self._cursor(supply, options)
+            facts = {"length": supply.length, "kind": KINDS.index(supply.kind), "number": cursor.number}
+            facts["left"] = self._seek(supply, cursor, options)
+            facts["ended"] = supply.ended
+        except (ConfigError, DataError) as error:
+            problem = error
+            facts |= {"left": 0, "ended": True}
+        facts |= {"shard": options.shard, "uneven": options.uneven == "stop", "samples": options.samples or 0}
+        told = self.via.gather({**facts, "failed": problem is not None, "trained": self.progress.samples})
+        self.together(told, problem)
+        assert supply is not None
+        assert cursor is not None
+        self._compare(told, options)
+        return self._enter(supply, cursor, options, told)
+
+    def _place(self, options: Options) -> Place:
+        return Place(self.via.rank, self.via.size, self.via.world.device, options.seed)
+
+    def _seek(self, supply: Supply, cursor: Cursor, options: Options) -> int:
+        """Go to the cursor's place, with `go_on` before the last batch, which may be repeated; the samples known to be
+        left from the cursor on."""
+        with self.clock.waiting("input_wait"):
+            if isinstance(supply, PlannedLoader):
+                supply.begin_with(cursor.number, cursor.left)
+                return 0
+            back = cursor.last if options.uneven == "go_on" else 0
+            supply.begin(cursor.number, cursor.consumed - back)
+            if not supply.by_samples:
+                return 0
+            supply.look_ahead(self.ahead(), self.plan.batch_per_rank + back)
+            return sum(supply.left) - back
+
+    def ahead(self) -> int:
+        """Steps to look ahead for a vote: a world of one needs none."""
+        return self.window() if self.via.size > 1 else 1
+
+    def _enter(self, supply: Supply, cursor: Cursor, options: Options, told: Sequence[Mapping[str, float]]) -> Pass:
+        """Begin this pass; those whose loops were left are over."""
+        self._begun[cursor.key] = max(self._begun.get(cursor.key, 0), cursor.number + 1)
+        self._pending = [each for each in self._pending if each is not cursor]
+        self._open = [each for each in self._open if each.live] + [cursor]
+        cursor.live = True
+        done = int(max(rank["trained"] for rank in told))
+        if isinstance(supply, PlannedLoader):
+            return AsPlanned(self, supply, cursor, options, done)
+        if supply.by_samples:
+            return BySamples(self, supply, cursor, options, done, told)
+        return ByBatches(self, supply, cursor, options, done)
+
+    def _cursor(self, supply: Supply, options: Options) -> Cursor:
+        """The first interrupted pass of the checkpoint over such a data set, else a new one."""
+        new = self._new(supply, options)
+        for cursor in self._pending:
+            if cursor.key == new.key:
+                return cursor
+        return new
+
+    def _new(self, supply: Supply, options: Options) -> Cursor:
+        new = Cursor(0, supply.kind, supply.length, _seed_of(supply, options), options.shard)
+        return replace(new, number=self._begun.get(new.key, 0))
+
+    def _number(self, key: Key) -> int:
+        """The number of a pass that begins outside `batches`."""
+        number = self._begun.get(key, 0)
+        self._begun[key] = number + 1
+        return number
+
+    def together(self, told: Sequence[Mapping[str, float]], problem: Exception | None) -> None:
+        """Raise on every rank where any rank has a problem.
+
+        Raises:
+            ConfigError, DataError: one line, the same on every rank.
+        """
+        if not any(rank["failed"] for rank in told):
+            return
+        mine = (str(problem), isinstance(problem, ConfigError)) if problem is not None else None
+        problems = self.via.gather_objects(mine)
+        first = next(rank for rank, each in enumerate(problems) if each)
+        text, setting = problems[first]
+        said = text if all(each == problems[first] for each in problems) else f"rank {first}: {text}"
+        raise (ConfigError if setting else DataError)(said) from problem
+
+    def _compare(self, told: Sequence[Mapping[str, float]], options: Options) -> None:
+        """Ranks must begin the same pass.
+
+        Raises:
+            MismatchError: they do not.
+            ConfigError: their data does not go together.
+        """
+        for name in ("kind", "shard", "uneven", "samples", "number"):
+            values = [int(rank[name]) for rank in told]
+            if len(set(values)) > 1:
+                said = [KINDS[value] if name == "kind" else str(value) for value in values]
+                sides = ", ".join(f"{each} on rank {rank}" for rank, each in enumerate(said))
+                raise MismatchError(f"ranks disagree about the {name} of sync.batches: {sides}")
+        lengths = [int(rank["length"]) for rank in told]
+        if options.shard and len(set(lengths)) > 1:
+            sides = ", ".join(f"{length} on rank {rank}" for rank, length in enumerate(lengths))
+            raise ConfigError(f"dataset has different lengths ({sides}): pass shard=False if each rank has its own")
+
+    def refuse_nothing(self, left: Sequence[int], kind: str) -> None:
+        """A pass needs data on every rank.
+
+        Raises:
+            DataError: names the ranks without any.
+        """
+        empty = [str(rank) for rank, each in enumerate(left) if not each]
+        if empty:
+            mend = "; a generator is used up after one pass: pass a function that makes one"
+            raise DataError(
+                f"the {kind} gave nothing on rank{'s' * (len(empty) > 1)} {', '.join(empty)}"
+                + (mend if kind == "generator" else "")
+            )
+
+    def warn_of_size(self, size: int) -> None:
+        """Say once that a DataLoader's batch is not the Plan's."""
+        planned = self.plan.batch_per_rank
+        if not self._warned and size not in (planned, UNKNOWN):
+            self._warned = True
+            warnings.warn(
+                f"the DataLoader gives batches of {size} samples where the Plan has {planned}: for batches that "
+                "follow the Plan, DataLoader(dataset, batch_sampler=sync.batch_sampler(dataset))",
+                stacklevel=2,
+            )
+
+    def _count(self, data: Any, options: Options) -> int | None:
+        """Steps of a pass by the present Plan, where that is known."""
+        if options.samples is not None:
+            return None
+        if not hasattr(data, "__getitem__"):
+            return len(data)  # a DataLoader's, or none
+        shared = options.shard and self.via.size > 1
+        sizes = shard_sizes(len(data), self.via.size) if shared else [len(data)]
+        return count_steps(sizes, self.plan.batch_per_rank, options.uneven)
+
+    # ---- checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint: passes begun over each data set, and those that are not over."""
+        unfinished = [asdict(cursor) for cursor in (*self._pending, *self._open)]
+        return {"begun": [[list(key), count] for key, count in self._begun.items()], "open": unfinished}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint: the next pass over such a data set is the interrupted one's rest."""
+        self._begun = {tuple(key): count for key, count in state["begun"]}
+        self._open = []
+        self._pending = [Cursor(**cursor | {"live": False}) for cursor in state["open"]]
+        self._taken = {}
+
+
+KINDS = ("data set", "stream", "generator", "DataLoader", "DataLoader of batch_sampler")
+
+
+class Batches:
+    """What `LocalSGD.batches` returns: each iteration over it is one more pass."""
+
+    def __init__(self, begin: Callable[[], Iterator[Any]], count: Callable[[], int | None]) -> None:
+        self._begin, self._count = begin, count
+        self._running: Iterator[Any] | None = None
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._begin()
+
+    def __next__(self) -> Any:
+        """The next batch of a pass of its own, for a loop that calls `next` itself."""
+        self._running = self._running or self._begin()
+        return next(self._running)
+
+    def __len__(self) -> int:
+        """Steps of a pass by the present Plan, for a progress bar.
+
+        Raises:
+            TypeError: not known before it ends.
+        """
+        count = self._count()
+        if count is None:
+            raise TypeError("the number of batches is not known before they end")
+        return count
+
+
+class Pass(ABC):
+    """One pass: every rank is given a batch at each step, or all end together.
+
+    Args:
+        feed: the ranks, the Plan, and this rank's progress.
+        supply: this rank's, begun at the cursor.
+        cursor: moves as batches are handed out.
+        options: of the call.
+        done: samples that all ranks had trained when it began.
+    """
+
+    def __init__(self, feed: Feed, supply: Supply, cursor: Cursor, options: Options, done: int) -> None:
+        self.feed, self.supply, self.cursor, self.options = feed, supply, cursor, options
+        self.done = done
+        self.last: Any = None
+        """The last batch, to be repeated by a rank that has no more."""
+        self._problem: Exception | None = None
+
+    @property
+    def limit_reached(self) -> bool:
+        """All ranks together have trained the samples asked for."""
+        return self.options.samples is not None and self.done >= self.options.samples
+
+    @abstractmethod
+    def next(self) -> tuple[Any, Sizes] | None:
+        """The next batch and every rank's size; None on every rank where the pass ends."""
+
+    def _take(self, mine: int | None, consumed: int, coming: Callable[[], Iterator[int]]) -> Any:
+        """This rank's batch, or the last one again."""
+        if mine is None:
+            return self.last
+        with self.feed.clock.waiting("input_wait"):
+            batch = put(self.supply.take(mine, coming), self.feed.via.world.device)
+        if self.options.uneven == "go_on":
+            self.last = batch
+        self.cursor.consumed += consumed
+        self.cursor.last = consumed
+        return batch
+
+    def _again(self, size: int) -> None:
+        """Read the last batch of an interrupted pass again, in case that it is to be repeated."""
+        if self.options.uneven == "go_on" and self.cursor.last:
+            batch = self.supply.take(size, lambda: iter((size,)))
+            self.last = put(batch, self.feed.via.world.device)
+
+    def _look_ahead(self, steps: int, planned: int) -> None:
+        """Read ahead; what goes wrong is told at the next vote, so that all ranks raise it together."""
+        if self._problem is not None:
+            return
+        try:
+            with self.feed.clock.waiting("input_wait"):
+                self.supply.look_ahead(steps, planned)
+        except DataError as error:
+            self._problem = error
+
+    def _vote(self, facts: Mapping[str, float]) -> list[dict[str, float]]:
+        told = self.feed.via.gather(
+            {"failed": self._problem is not None, "trained": self.feed.progress.samples, **facts}
+        )
+        self.feed.together(told, self._problem)
+        self.done = int(max(rank["trained"] for rank in told))
+        return told
+
+    def _count(self, sizes: Sizes) -> None:
+        self.done += sum(max(size or 0, 0) for size in sizes)
+
+
+class BySamples(Pass):
+    """Batches cut from samples as the Plan says. Ranks know how many samples each has: of a data set all, so that
+    nothing more is sent; of a stream those that were read ahead, after which they vote again."""
+
+    def __init__(
+        self,
+        feed: Feed,
+        supply: Supply,
+        cursor: Cursor,
+        options: Options,
+        done: int,
+        told: Sequence[Mapping[str, float]],
+    ) -> None:
+        super().__init__(feed, supply, cursor, options, done)
+        self._ahead = feed.ahead(), feed.plan.batch_per_rank
+        self._again(cursor.last)
+        self._hear(told)
+        if not cursor.consumed:
+            feed.refuse_nothing(self._left, cursor.kind)
+
+    def _hear(self, told: Sequence[Mapping[str, float]]) -> None:
+        self._left = [int(rank["left"]) for rank in told]
+        self._ended = [bool(rank["ended"]) for rank in told]
+
+    def _planned(self, done: int, planned: int) -> int:
+        """The Plan's batch, less where the samples asked for end."""
+        if self.options.samples is None:
+            return planned
+        return min(planned, max(0, -(-(self.options.samples - done) // self.feed.via.size)))
+
+    def next(self) -> tuple[Any, Sizes] | None:
+        planned = self._planned(self.done, self.feed.plan.batch_per_rank)
+        if any(not ended and left < planned for ended, left in zip(self._ended, self._left, strict=True)):
+            self._ahead = self.feed.ahead(), planned
+            self._look_ahead(*self._ahead)
+            self._hear(self._vote({"left": sum(self.supply.left), "ended": self.supply.ended}))
+        sizes = self._sizes(self._left, planned)
+        if not sizes:
+            return None
+        mine = sizes[self.feed.via.rank]
+        batch = self._take(mine or None, mine, self._coming)
+        self._left = [left - size for left, size in zip(self._left, sizes, strict=True)]
+        if not all(self._ended) and self.feed.via.size > 1:
+            self._look_ahead(*self._ahead)  # as much as was trained, so that reading is spread over the steps
+        told: Sizes = [size or None for size in sizes]
+        self._count(told)
+        return batch, told
+
+    def _sizes(self, left: Sequence[int], planned: int) -> list[int]:
+        if all(self._ended):
+            return step_sizes(left, planned, self.options.uneven) if planned else []
+        sizes = [min(planned, each) for each in left]
+        goes_on = all(sizes) if self.options.uneven == "stop" else any(sizes)
+        return sizes if goes_on else []
+
+    def _coming(self) -> Iterator[int]:
+        """This rank's sizes from the present step on, under the present Plan."""
+        left, done, batch = list(self._left), self.done, self.feed.plan.batch_per_rank
+        while sizes := self._sizes(left, self._planned(done, batch)):
+            if not sizes[self.feed.via.rank]:
+                return
+            yield sizes[self.feed.via.rank]
+            left = [each - size for each, size in zip(left, sizes, strict=True)]
+            done += sum(sizes)
+
+
+class ByBatches(Pass):
+    """A DataLoader's own batches: at a vote each rank tells the sizes of those that it has read ahead."""
+
+    def __init__(self, feed: Feed, supply: Supply, cursor: Cursor, options: Options, done: int) -> None:
+        super().__init__(feed, supply, cursor, options, done)
+        self._ahead = feed.ahead()
+        if options.uneven == "go_on" and cursor.last:
+            self._look_ahead(1, 0)
+            if self._problem is None and supply.left:
+                self._again(1)
+        self._rows: list[list[int]] = [[] for _ in range(feed.via.size)]
+        self._ended = [False] * feed.via.size
+        self._ask()
+        if not cursor.consumed:
+            feed.refuse_nothing([len(row) for row in self._rows], cursor.kind)
+        if supply.left:
+            feed.warn_of_size(supply.left[0])
+
+    def _ask(self) -> None:
+        self._ahead = self.feed.ahead()
+        self._look_ahead(self._ahead, 0)
+        mine = self.supply.left[: self._ahead]
+        slots = [size + 2 for size in mine] + [0] * (self._ahead - len(mine))  # 0: no batch; 1: of unknown size
+        ended = self.supply.ended and len(self.supply.left) <= self._ahead
+        told = self._vote({"ended": ended, **{f"size{slot}": size for slot, size in enumerate(slots)}})
+        rows = ([int(rank[f"size{slot}"]) - 2 for slot in range(self._ahead)] for rank in told)
+        self._rows = [[size for size in row if size >= UNKNOWN] for row in rows]
+        self._ended = [bool(rank["ended"]) for rank in told]
+
+    def next(self) -> tuple[Any, Sizes] | None:
+        if any(not row and not ended for row, ended in zip(self._rows, self._ended, strict=True)):
+            self._ask()
+        sizes: Sizes = [row.pop(0) if row else None for row in self._rows]
+        goes_on = None not in sizes if self.options.uneven == "stop" else any(size is not None for size in sizes)
+        if not goes_on:
+            return None
+        batch = self._take(sizes[self.feed.via.rank], 1, lambda: iter(()))
+        self._look_ahead(self._ahead, 0)
+        self._count(sizes)
+        return batch, sizes
+
+
+class AsPlanned(Pass):
+    """A DataLoader of `batch_sampler`, whose sizes every rank computes."""
+
+    def next(self) -> tuple[Any, Sizes] | None:
+        assert isinstance(self.supply, PlannedLoader)
+        with self.feed.clock.waiting("input_wait"):
+            found = self.supply.next_batch()
+        if found is None:
+            return None
+        batch, sizes = found
+        left = self.cursor.left or shard_sizes(self.supply.length, self.feed.via.size)
+        self.cursor.left = [each - size for each, size in zip(left, sizes, strict=True)]
+        self.cursor.consumed += sizes[self.feed.via.rank]
+        told: Sizes = [*sizes]
+        self._count(told)
+        return put(batch, self.feed.via.world.device), told
+
+
+def _plus(before: int | None, more: int | None) -> int | None:
+    """Samples of two batches of one step."""
+    if before is None or more is None:
+        return more if before is None else before
+    return UNKNOWN if UNKNOWN in (before, more) else before + more
+
+
+def _most(sizes: Sequence[int | None]) -> int | None:
+    """Samples of a step that takes a batch of several passes."""
+    known = [size for size in sizes if size is not None]
+    return max(known) if known else None
+
+
+def _seed_of(supply: Supply, options: Options) -> int:
+    """The seed that a pass's order is drawn by: of a batch sampler its own."""
+    return supply.seed if isinstance(supply, PlannedLoader) else options.seed
