@@ -1,4 +1,4 @@
-# setup data train test check bench report clean: each safe to repeat, and quick when nothing is missing.
+# setup data train test test-fast check bench report clean: each safe to repeat, and quick when nothing is missing.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,7 +10,9 @@ RUNS ?= runs/$(basename $(notdir $(RECIPE)))
 # the cores shared out to the ranks, so that their threads do not fight
 export OMP_NUM_THREADS ?= $(shell n=$$(( $$(nproc) / $(RANKS) )); echo $$(( n > 1 ? n : 1 )))
 
-.PHONY: setup data train test check bench report clean
+TEST_PROCESSES ?= 3
+
+.PHONY: setup data train test test-fast check bench report clean
 
 setup: $(VENV)/.ready
 data: data/FashionMNIST/.ready
@@ -29,8 +31,12 @@ train: setup data
 		--world.backend $(BACKEND) $(FLAGS)
 	$(BIN)/python -m trainer.report $(RUNS)
 
+# most of a test of several ranks is waiting, so more tests run at once than there are cores
 test: setup data
-	$(BIN)/python -m pytest $(TESTS)
+	$(BIN)/python -m pytest --numprocesses=$(TEST_PROCESSES) --dist=loadgroup $(TESTS)
+
+test-fast: setup
+	$(BIN)/python -m pytest --numprocesses=2 -m "not ranks and not lab" $(TESTS)
 
 check: setup
 	$(BIN)/ruff format --check .

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from small_run import RECIPE, assert_same_model, records
+from small_run import assert_same_model, records
 
 ROOT = Path(__file__).resolve().parents[2]
 CLUSTER = ROOT / "launch" / "lab" / "slurm.sh"
@@ -22,7 +22,7 @@ WAIT_S = 120.0
 Env = dict[str, str]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def slurm() -> Iterator[Env]:
     """The environment of a shell that uses a cluster of two nodes, one core each."""
     if os.geteuid() != 0:
@@ -41,23 +41,6 @@ def slurm() -> Iterator[Env]:
     finally:
         command(CLUSTER, "stop", env=env)
         shutil.rmtree(folder, ignore_errors=True)
-
-
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("recipe") / "small.toml"
-    path.write_text(RECIPE)
-    return path
-
-
-@pytest.fixture(scope="module")
-def plain(recipe: Path) -> Path:
-    """The run directory of the same recipe under a plain torchrun, never interrupted."""
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    flags = ("--recipe", recipe, "--run.root", recipe.parent, "--run.name", "plain")
-    done = command(*torchrun, "-m", "trainer", *flags, env=plain_env())
-    assert done.returncode == 0, done.stderr
-    return recipe.parent / "plain"
 
 
 def test_job_on_two_nodes_equals_plain_torchrun(slurm: Env, recipe: Path, plain: Path, tmp_path: Path) -> None:
