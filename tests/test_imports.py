@@ -9,7 +9,8 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "trainer"
 LAYERS = [
-    {"errors", "version"},
+    {"errors", "version", "log"},
+    {"fields"},
     {"plan"},
     {"policies"},
     {"config", "memory"},
