@@ -17,7 +17,8 @@ LAYERS = [
     {"control", "distributed"},
     {"cli", "wire", "data", "tasks"},
     {"sync", "records"},
-    {"loop", "report"},
+    {"report"},
+    {"loop"},
     {"train", "replay"},
     {"__main__"},
 ]

@@ -208,6 +208,8 @@ class RecordConfig:
     """Show progress: a bar on a terminal, plain lines elsewhere."""
     tensorboard: bool = True
     """Write TensorBoard events beside metrics.jsonl."""
+    report: bool = True
+    """Draw the run's page, report.html, at its end."""
     reference_s: float = 3.0
     """Seconds that rank 0 times itself alone for scaling_speedup; 0: not at all."""
 
