@@ -100,8 +100,8 @@ class Alternating(Policy):
         index = max(seen.phase, 0)
         if self._name(index) == "large" and self.large_length is not None:
             length = self.large_length
-        if length < 1:
-            if seen.phase >= 0 and seen.missing("progress"):
+        if length < 1 and seen.phase >= 0:
+            if seen.missing("progress"):
                 return held(seen, memory, "progress")
             length = samples_of(length, seen)
         reached = getattr(seen, f"phase_{unit}")
@@ -154,9 +154,11 @@ class PostLocal(Policy):
         require_length(self, "switch_samples")
 
     def decide(self, seen: Observation, memory: Memory) -> Decision:
-        if self.switch_samples < 1 and seen.phase >= 0 and seen.missing("progress"):
-            return held(seen, memory, "progress")
-        switch = samples_of(self.switch_samples, seen)
+        switch = self.switch_samples
+        if switch < 1 and seen.phase >= 0:
+            if seen.missing("progress"):
+                return held(seen, memory, "progress")
+            switch = samples_of(switch, seen)
         why = {"samples": seen.samples, "switch_samples": switch}
         if seen.samples >= switch:
             return Decision(self.local, "local", why)
