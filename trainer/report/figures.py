@@ -71,7 +71,7 @@ def _comparison(runs: Sequence[Run]) -> Iterator[Picture]:
     if any(each.train_loss is not None for run in runs for each in run.rounds):
         note = LOSS if any(len(run.rounds) >= 40 for run in runs) else ""
         yield Picture.of("train_loss", "Training loss against samples", note, _losses(runs))
-    if any(run.number("elapsed_s") for run in runs):
+    if any(run.number(part[0]) for run in runs for part in (*SPENT, *BESIDE)):
         yield Picture.of("time", "Where the time went", TIME, _time(runs))
 
 
