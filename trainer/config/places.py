@@ -9,7 +9,7 @@ from trainer.errors import ConfigError
 from trainer.fields import nearest
 
 PACKAGE = Path(__file__).resolve().parent.parent
-SHIPPED = PACKAGE / "config" / "recipes_shipped"
+SHIPPED = PACKAGE / "recipes"
 """The recipes inside an installed package."""
 
 
