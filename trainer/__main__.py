@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from trainer.cli import guarded, leave
 from trainer.config import recipes
@@ -32,6 +33,9 @@ def _train(argv: Sequence[str]) -> int:
             f"{summary['elapsed_s']:.1f} s, {summary['samples_per_s']:,.0f} samples/s, scaling speedup "
             f"{'not measured' if speedup is None else f'{speedup:.2f}'}"
         )
+        page = Path(config.run.root) / summary["name"] / "report.html"
+        if config.record.report and page.exists():
+            print(f"report: {page}")
     return 0
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from trainer.errors import require, require_choices
+from trainer.errors import require
+from trainer.fields import require_types
 
 WireFormat = Literal["float32", "bf16", "int8", "int4"]
 EarlyEnd = Literal["never", "gradient_change", "divergence"]
@@ -36,15 +37,11 @@ class Plan:
     """What the signal must reach: a relative change, or a squared distance."""
 
     def __post_init__(self) -> None:
-        require_choices(self)
+        require_types(self)
         require("batch_per_rank", self.batch_per_rank, self.batch_per_rank >= 1, "must be at least 1 sample")
-        wire = self.wire_format
-        usable = wire is None or wire in get_args(WireFormat)
-        require("wire_format", wire, usable, f"choose one of {', '.join(get_args(WireFormat))}")
         period, delay = self.sync_period_steps, self.delay_steps
         require("sync_period_steps", period, period >= 0, "must be at least 1 step, or 0 for no averaging")
-        usable = self.lr_scale > 0 and math.isfinite(self.lr_scale)
-        require("lr_scale", self.lr_scale, usable, "must be a positive number")
+        require("lr_scale", self.lr_scale, self.lr_scale > 0, "must be a positive number")
         steps = delay in (None, "auto") or (isinstance(delay, int) and 0 <= delay <= period)
         require("delay_steps", delay, steps, f"must be in 0 .. sync_period_steps ({period}), or auto")
         parts = self.fragments

@@ -5,6 +5,7 @@ from __future__ import annotations
 from trainer.config.config import Config, digest
 from trainer.data import ShardStream
 from trainer.distributed.world import World, compare_ranks, open_world
+from trainer.loop.ending import draw_report
 from trainer.loop.job import Job
 from trainer.loop.optimizer import build_optimizer, may_fuse, set_learning_rate
 from trainer.loop.reference import measure_alone
@@ -27,7 +28,10 @@ def train(config: Config) -> Summary | None:
     job = Job.open(config.named())
     with open_world(config.world) as world:
         compare_ranks(world, digest(job.config))
-        return train_in(world, job)
+        summary = train_in(world, job)
+    if summary is not None and world.rank == 0 and job.config.record.report:
+        draw_report(job)
+    return summary
 
 
 def train_in(world: World, job: Job) -> Summary | None:

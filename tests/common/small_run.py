@@ -34,6 +34,7 @@ every_samples = 500
 progress = false
 tensorboard = false
 reference_s = 0.0
+report = false
 """
 
 

@@ -34,7 +34,7 @@ SETTINGS = {
     },
     "eval": {"every_samples": 500},
     "checkpoint": {"every_samples": 200, "keep": 3},
-    "record": {"reference_s": 0.0, "tensorboard": False, "progress": False},
+    "record": {"reference_s": 0.0, "tensorboard": False, "progress": False, "report": False},
 }
 
 
@@ -97,7 +97,7 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 def told(folder: Path) -> list[dict[str, Any]]:
     """The records without times and without what only a resumed run says."""
     times = {"elapsed_s", "compute_s", "slowest_compute_s", "sync_wait_s", "input_wait_s", "eval_s", "checkpoint_s"}
-    times |= {"samples_per_s", "transfer_s", "peak_memory_bytes", "memory_share", "name"}
+    times |= {"samples_per_s", "transfer_s", "peak_memory_bytes", "memory_share", "name", "started_at", "wall_s"}
 
     def timeless(line: dict[str, Any]) -> dict[str, Any]:
         return {

@@ -35,7 +35,7 @@ BASE: dict[str, Any] = {
     "task": {"model": "whole_runs:small_model"},
     "optim": {"lr": 0.02},
     "eval": {"every_samples": 500},
-    "record": {"reference_s": 0.0, "tensorboard": False, "progress": False},
+    "record": {"reference_s": 0.0, "tensorboard": False, "progress": False, "report": False},
 }
 SMALL = {"batch_per_rank": 8, "sync_period_steps": 6}
 CASES: dict[str, tuple[int, dict[str, Any]]] = {

@@ -7,14 +7,16 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2] / "trainer"
 LAYERS = [
-    {"errors", "version"},
+    {"errors", "version", "log"},
+    {"fields"},
     {"plan"},
     {"policies"},
     {"config", "memory"},
     {"control", "distributed"},
     {"cli", "wire", "data", "tasks"},
     {"sync", "records"},
-    {"loop", "report"},
+    {"report"},
+    {"loop"},
     {"train", "replay"},
     {"__main__"},
 ]

@@ -8,8 +8,9 @@ from dataclasses import Field, dataclass, fields, replace
 from typing import Any, Literal
 
 from trainer.config.sync import SyncConfig, check_plans, check_scaler
-from trainer.errors import ConfigError, require, require_at_least, require_choices
-from trainer.policies import Alternating, Policy, policy_name
+from trainer.errors import ConfigError, require, require_at_least
+from trainer.fields import require_types
+from trainer.policies import Alternating, Policy, policy_name, policy_of
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class RunConfig:
     """`auto` (the newest checkpoint of this run, where there is one) or the path of a checkpoint."""
 
     def __post_init__(self) -> None:
+        require_types(self)
         require_at_least(self, 1, "samples")
         require("seed", self.seed, 0 <= self.seed < 2**63, "must be in 0 .. 2**63 - 1")
         require("name", self.name, "/" not in self.name and self.name not in (".", ".."), "must be a plain folder name")
@@ -47,7 +49,7 @@ class WorldConfig:
     """Ranks that the job must have; a launcher that started another number is refused."""
 
     def __post_init__(self) -> None:
-        require_choices(self)
+        require_types(self)
         require("timeout_s", self.timeout_s, self.timeout_s > 0, "must be above 0 seconds")
         require_at_least(self, 1, "ranks")
 
@@ -78,6 +80,7 @@ class DataConfig:
     """Use only this many test samples (drawn by the seed)."""
 
     def __post_init__(self) -> None:
+        require_types(self)
         require_at_least(self, 0, "workers", "crop_padding")
         require_at_least(self, 1, "image_size", "train_limit", "test_limit")
 
@@ -96,6 +99,7 @@ class TaskConfig:
     """Share of a label's weight spread over all classes (cross_entropy only)."""
 
     def __post_init__(self) -> None:
+        require_types(self)
         require("label_smoothing", self.label_smoothing, 0 <= self.label_smoothing < 1, "must be in 0 .. 1")
         plain = self.loss == "cross_entropy" or ":" in self.loss
         require("loss", self.loss, plain, "choose cross_entropy, or module:callable")
@@ -133,7 +137,7 @@ class OptimConfig:
     """Largest norm of a step's gradient."""
 
     def __post_init__(self) -> None:
-        require_choices(self)
+        require_types(self)
         require("lr", self.lr, self.lr > 0, "must be above 0")
         require("momentum", self.momentum, 0 <= self.momentum < 1, "must be in 0 .. 1")
         steady = not self.nesterov or self.momentum > 0 or self.name != "sgd"
@@ -164,7 +168,7 @@ class StepConfig:
     """Local steps in a row that a rank may skip for a non-finite loss before the run ends with an error."""
 
     def __post_init__(self) -> None:
-        require_choices(self)
+        require_types(self)
         require_at_least(self, 1, "max_micro_batch", "max_skipped_steps")
 
 
@@ -178,6 +182,7 @@ class EvalConfig:
     """Samples of a rank in one forward pass."""
 
     def __post_init__(self) -> None:
+        require_types(self)
         require_at_least(self, 1, "every_samples", "batch")
 
 
@@ -191,6 +196,7 @@ class CheckpointConfig:
     """Newest checkpoints kept."""
 
     def __post_init__(self) -> None:
+        require_types(self)
         require_at_least(self, 1, "every_samples", "keep")
 
 
@@ -202,10 +208,13 @@ class RecordConfig:
     """Show progress: a bar on a terminal, plain lines elsewhere."""
     tensorboard: bool = True
     """Write TensorBoard events beside metrics.jsonl."""
+    report: bool = True
+    """Draw the run's page, report.html, at its end."""
     reference_s: float = 3.0
     """Seconds that rank 0 times itself alone for scaling_speedup; 0: not at all."""
 
     def __post_init__(self) -> None:
+        require_types(self)
         require("reference_s", self.reference_s, self.reference_s >= 0, "must be 0 or more seconds")
 
 
@@ -226,6 +235,8 @@ class Config:
     record: RecordConfig = RecordConfig()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "policy", policy_of(self.policy))
+        require_types(self)
         try:
             check_plans(self.sync, self.policy.plans())
             check_scaler(self.sync, used=self.step.precision == "fp16")

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import sys
 import tomllib
-import types
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
 import tomli_w
 import tyro
 
+from trainer.config import flags
 from trainer.config.config import Config, is_flat, to_dict
+from trainer.config.places import recipe_path
 from trainer.errors import ConfigError
+from trainer.fields import fitted, nearest
 from trainer.policies import POLICIES, Policy, policy_class, policy_name
-
-WORDS = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
 
 
 def load(path: str | Path) -> Config:
@@ -52,31 +51,28 @@ def from_dict(table: Mapping[str, Any]) -> Config:
 
 
 def parse(argv: Sequence[str], prog: str) -> Config:
-    """The Config of a command line: `--recipe FILE`, `--policy.name NAME` and a flag for every field.
+    """The Config of a command line: `--recipe FILE_OR_NAME`, `--policy.name NAME` and a flag for every field.
+
+    A bare first word is the recipe.
 
     Raises:
         ConfigError: anything that cannot be; its text is one line.
         SystemExit: after `--help`.
     """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    first.add_argument("--recipe")
-    first.add_argument("--policy.name", dest="policy")
-    try:
-        known, rest = first.parse_known_args(list(argv))
-    except (argparse.ArgumentError, SystemExit) as error:
-        raise ConfigError(f"command line: {error}; write --recipe FILE or --policy.name NAME") from error
-    config = load(known.recipe) if known.recipe else Config()
-    if known.policy and known.policy != policy_name(config.policy):
+    known = flags.read(argv)
+    config = load(recipe_path(known.recipe)) if known.recipe is not None else Config()
+    if known.policy is not None and known.policy != policy_name(config.policy):
         table = to_dict(config)
         # the recipe's fields of another policy mean nothing to this one
         table["policy"] = {"name": known.policy}
         config = from_dict(table)
-    return _flags(rest, prog, config)
+    return _flags(flags.mended(known.flags, config), prog, config)
 
 
 def _flags(argv: Sequence[str], prog: str, default: Config) -> Config:
     about = (
-        "Train with a synchronization controller. Also: --recipe FILE.toml, the values that flags override; "
+        "Train with a synchronization controller. Also: --recipe FILE.toml or the NAME of one, the values that flags "
+        "override; "
         f"--policy.name {{{','.join(sorted(POLICIES))},module:Class}}, whose fields are then the policy options."
     )
     said = io.StringIO()
@@ -122,7 +118,9 @@ def _build(cls: Any, table: Any, path: str) -> Any:
             raise ConfigError(f"{path}{field.name} is missing: give it a value ({field.type})")
     if left:
         name, value = next(iter(left.items()))
-        raise ConfigError(f"{path}{name} = {value!r}: unknown; choose one of {', '.join(sorted(_names(cls, hints)))}")
+        known = sorted(_names(cls, hints))
+        mend = f"choose one of {', '.join(known)}{nearest(name, known)}"
+        raise ConfigError(f"{path}{name} = {value!r}: unknown; {mend}")
     try:
         return cls(**values)
     except ConfigError as error:
@@ -137,26 +135,11 @@ def _names(cls: Any, hints: Mapping[str, Any]) -> set[str]:
 
 def _value(hint: Any, value: Any, path: str) -> Any:
     """`value` checked against a field's type; TOML has no null, so an optional field is simply left out."""
-    origin, args = get_origin(hint), get_args(hint)
     if is_dataclass(hint):
         return _build(hint, value, f"{path}.")
-    if origin in (Union, types.UnionType):
-        kinds = [arg for arg in args if arg is not type(None)]
-        fitting = [kind for kind in kinds if get_origin(kind) is Literal and value in get_args(kind)]
-        return _value((fitting or kinds)[0], value, path)
-    if origin is Literal:
-        if value not in args or type(value) is not type(args[0]):
-            raise ConfigError(f"{path} = {value!r}: choose one of {', '.join(map(str, args))}")
-        return value
-    if origin is tuple:
-        if not isinstance(value, list):
-            raise ConfigError(f"{path} = {value!r}: must be a list")
-        return tuple(_value(args[0], item, path) for item in value)
     if hint is float and type(value) is int:
         return float(value)
-    if type(value) is not hint:
-        raise ConfigError(f"{path} = {value!r}: must be {WORDS.get(hint, hint)}")
-    return value
+    return fitted(path, hint, value)
 
 
 def refuse(error: ConfigError, prog: str) -> int:

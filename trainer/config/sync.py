@@ -5,11 +5,12 @@ Imports no torch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
-from trainer.errors import require, require_at_least, require_choices
+from trainer.errors import ConfigError, require, require_at_least
+from trainer.fields import build, require_types
 from trainer.plan import Plan, WireFormat
 
 GradientFormat = Literal["float32", "bf16", "powersgd"]
@@ -67,7 +68,7 @@ class SyncConfig:
     """At period 1, look each step for parameters that the forward pass left out."""
 
     def __post_init__(self) -> None:
-        require_choices(self)
+        require_types(self)
         require_at_least(
             self, 1, "recalibrate_samples", "bucket_bytes", "observe_steps", "fragments", "max_delay_steps"
         )
@@ -98,6 +99,25 @@ class SyncConfig:
         delay = self.delay_steps if plan.delay_steps is None else plan.delay_steps
         wire, fragments = plan.wire_format or self.wire_format, plan.fragments or self.fragments
         return replace(self, delay_steps=delay, wire_format=wire, fragments=fragments)
+
+
+def sync_config_of(given: Any) -> SyncConfig:
+    """The settings that a user means: a SyncConfig as it is, a table of its fields, or None for the defaults.
+
+    Raises:
+        ConfigError: another kind of value, an unknown field, or a value that cannot be; its text is one line.
+    """
+    if given is None:
+        return SyncConfig()
+    if isinstance(given, SyncConfig):
+        return given
+    if not isinstance(given, Mapping):
+        mend = "must be a SyncConfig, or a dict of its fields such as {'wire_format': 'int8'}"
+        raise ConfigError(f"settings = {given!r}: {mend}")
+    try:
+        return build(SyncConfig, given)
+    except ConfigError as error:
+        raise ConfigError(f"sync.{error}") from None
 
 
 def check_scaler(settings: SyncConfig, *, used: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,11 +34,15 @@ class Job:
     loss: nn.Module
     model: nn.Module
     alone: float | None
+    data_samples: int
+    """Samples of the whole training set, over all ranks."""
+    started_s: float
+    """Seconds since the epoch at the job's beginning."""
 
     @classmethod
     def open(cls, config: Config) -> Job:
         """Open the data and build the model, so that what cannot be is refused here."""
-        launch = read_launch()
+        started_s, launch = time.time(), read_launch()
         check_ranks(config, launch.size)
         seed = config.run.seed
         part = open_part(config.data, train=True, seed=seed)
@@ -49,7 +54,8 @@ class Job:
         model = build_model(config.task, shard.classes, channels, size)
         folder = Path(config.run.root) / config.run.name
         loss = loss_function(config.task)
-        return cls(config, folder, shard, test_part, loss, model, recorded_reference(config))
+        alone = recorded_reference(config)
+        return cls(config, folder, shard, test_part, loss, model, alone, len(part), started_s)
 
     def build(self, world: World) -> tuple[nn.Module, LocalStep]:
         """The model on this rank's device, and the step that trains it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterable
 from contextlib import ExitStack
 from types import TracebackType
@@ -11,12 +12,14 @@ from typing import Any
 import torch
 
 from trainer.config import recipes
+from trainer.control.controller import Phase
 from trainer.control.rounds import Round
 from trainer.data import ShardStream, Transform, split_evenly
-from trainer.distributed.world import versions
 from trainer.errors import ConfigError
+from trainer.log import LOG
 from trainer.loop.checkpoint import Checkpoints
-from trainer.loop.job import Job, device_name, stop_signals
+from trainer.loop.facts import facts_of, planned, too_short
+from trainer.loop.job import Job, stop_signals
 from trainer.loop.optimizer import learning_rate
 from trainer.loop.step import LocalStep
 from trainer.memory import peak_memory_bytes
@@ -43,6 +46,8 @@ class Run:
         self._last: dict[str, float] = {}
         self._skipped = 0
         self._saved = -1
+        self._facts: dict[str, Any] = {}
+        self._earlier_s = 0.0
         self._next_eval = job.config.eval.every_samples
         self._next_save = job.config.checkpoint.every_samples
 
@@ -55,16 +60,32 @@ class Run:
             name = policy_name(self._config.policy)
             if state.get("policy", name) != name:
                 raise ConfigError(f"policy.name = {name!r}: the checkpoint is of {state['policy']!r}; give a run.name")
+            aside = None
             if sync.world.rank == 0:
-                prepare_folder(folder, resuming=bool(state), metrics_bytes=state.get("metrics_bytes", 0))
+                aside = prepare_folder(folder, resuming=bool(state), metrics_bytes=state.get("metrics_bytes", 0))
                 recipes.save(self._config, folder / "config.toml")
             self._records = self._close.enter_context(open_records(folder, self._config, rank=sync.world.rank))
             self._close.enter_context(stop_signals(sync))
+            if aside is not None:
+                self._records.say(f"{folder} held an earlier run: it is now {aside}")
+            self._facts = facts_of(self._job, sync.world)
             if state:
                 self._restore(state)
             else:
-                self._records.phase(sync.controller.phase)
+                self._begin()
         return self
+
+    def _begin(self) -> None:
+        """Say what will be trained, and enter the first phase."""
+        self._records.event("started", **self._facts, **planned(self._config))
+        if (words := too_short(self._config, self._sync.world.size)) is not None:
+            self._records.event("warning", message=words)
+        self._enter(self._sync.controller.phase)
+
+    def _enter(self, phase: Phase) -> None:
+        rank, step = self._sync.world.rank, self._sync.local_step
+        LOG.debug("rank %d, step %d: phase %d, %s: %s", rank, step, phase.number, phase.name, phase.plan)
+        self._records.phase(phase)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -79,6 +100,10 @@ class Run:
         self._best, self._skipped, self._alone = state["best"], state["skipped"], state["alone"]
         self._last, self._saved = state["last"], self._sync.local_step
         self._next_eval, self._next_save = state["next_eval"], state["next_save"]
+        self._facts["started_at"] = state.get("started_at", self._facts["started_at"])
+        self._earlier_s = state.get("wall_s", 0.0)
+        LOG.debug("rank %d: resumed at step %d", self._sync.world.rank, self._sync.local_step)
+        self._records.say_start(self._facts | planned(self._config))
         self._records.event("resumed", local_step=self._sync.local_step, samples=self._sync.samples)
 
     def rate(self) -> float:
@@ -118,7 +143,7 @@ class Run:
         }
         self._records.write("round", figures)
         if ended.next_phase is not None:
-            self._records.phase(ended.next_phase)
+            self._enter(ended.next_phase)
         if ended.skipped_in_a_row >= self._config.step.max_skipped_steps:
             raise FloatingPointError(
                 f"no finite loss in {ended.skipped_in_a_row} local steps in a row, up to step {seen.local_step}: "
@@ -197,9 +222,16 @@ class Run:
                 "alone": self._alone,
                 "next_eval": self._next_eval,
                 "next_save": self._next_save,
+                "started_at": self._facts["started_at"],
+                "wall_s": self._wall_s(),
             }
             self._checkpoints.save(sync.local_step, sync.replica.model, sync.optimizer, rest)
+            LOG.debug("rank %d: saved at step %d", sync.world.rank, sync.local_step)
             sync.rewrap()
+
+    def _wall_s(self) -> float:
+        """Seconds since the run began, without those between a stop and a resume."""
+        return self._earlier_s + time.time() - self._job.started_s
 
     def _summary(self) -> Summary:
         sync, times = self._sync, self._sync.clock.read()
@@ -207,7 +239,6 @@ class Run:
         return {
             "name": self._config.run.name,
             "policy": policy_name(self._config.policy),
-            "world_size": sync.world.size,
             "local_steps": sync.local_step,
             "rounds": sync.rounds,
             "phases": sync.controller.phase.number + 1,
@@ -221,8 +252,8 @@ class Run:
             "best_test_accuracy": self._best,
             "skipped_steps": self._skipped,
             "peak_memory_bytes": peak_memory_bytes(sync.world.device),
-            "device": device_name(sync.world.device),
-            "versions": versions(),
+            **self._facts,
+            "wall_s": self._wall_s(),
         }
 
 

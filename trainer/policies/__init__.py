@@ -1,7 +1,7 @@
 """Rules that choose the next round's Plan; one file a family, registered by name."""
 
 from trainer.policies.autopilot import Autopilot
-from trainer.policies.base import POLICIES, LrScaling, Policy, policy_class, policy_name, register
+from trainer.policies.base import POLICIES, LrScaling, Policy, policy_class, policy_name, policy_of, register
 from trainer.policies.batches import BatchGrowth, NoiseScale, NormTest
 from trainer.policies.compose import Compose
 from trainer.policies.periods import FDA, QSR, AdaptivePeriod, SelSync
@@ -27,5 +27,6 @@ __all__ = [
     "SelSync",
     "policy_class",
     "policy_name",
+    "policy_of",
     "register",
 ]

@@ -8,7 +8,7 @@ from typing import Any
 from trainer.errors import require
 from trainer.plan import Decision, Memory, Observation, Plan
 from trainer.policies.autopilot import Autopilot
-from trainer.policies.base import Policy, policy_name, register
+from trainer.policies.base import Policy, policy_name, policy_of, register
 from trainer.policies.batches import NoiseScale
 from trainer.policies.periods import QSR
 
@@ -24,6 +24,8 @@ class Compose(Policy):
     """Whose period, delay, wire format and early end are taken."""
 
     def __post_init__(self) -> None:
+        for name in ("batch", "period"):
+            object.__setattr__(self, name, policy_of(getattr(self, name), name))
         super().__post_init__()
         for name, policy in (("batch", self.batch), ("period", self.period)):
             rule = policy.lr_scaling

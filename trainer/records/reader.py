@@ -12,6 +12,8 @@ from typing import Any
 from trainer.errors import ConfigError
 
 Figures = Mapping[str, Any]
+FACTS = ("data", "data_samples", "model", "parameters", "world_size", "device", "versions", "started_at")
+"""What a run's `started` event says of it."""
 Line = tuple[str, Figures]  # "PATH line 7", and what it holds
 
 
@@ -93,6 +95,7 @@ def load_run(folder: str | Path) -> Run:
     # a run that went on past its end from a checkpoint still has the summary of its first end
     finished = summary is not None and (summary.get("local_steps") or last) >= last
     figures = summary if summary is not None and finished else _so_far(lines, evals, rounds, phases, config)
+    figures = {**_facts(lines, config), **figures}
     return Run(
         folder=folder,
         label=str(figures.get("name") or folder.resolve().name),
@@ -200,6 +203,15 @@ def _config(path: Path) -> tuple[str, Mapping[str, Any]]:
         return "", {}
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read ({error}); mend or delete that file") from error
+
+
+def _facts(lines: Sequence[Line], config: Figures) -> dict[str, Any]:
+    """What was trained, as the records or else the configuration say; older runs recorded less."""
+    started = [record for _, record in lines if record["kind"] == "event" and record.get("what") == "started"][-1:]
+    told = {name: record[name] for record in started for name in FACTS if name in record}
+    tables = (("data", "data", "name"), ("model", "task", "model"))
+    known = {fact: table.get(name) for fact, section, name in tables if isinstance(table := config.get(section), dict)}
+    return {name: value for name, value in known.items() if value is not None} | told
 
 
 def _so_far(

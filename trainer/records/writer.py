@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
@@ -15,6 +16,7 @@ from tqdm import tqdm
 
 from trainer.config.config import Config
 from trainer.control.controller import Phase
+from trainer.log import LOG
 from trainer.plan import plain
 
 LINE_EVERY_S = 5.0
@@ -33,6 +35,12 @@ class Records:
     def event(self, what: str, **figures: Any) -> None:
         """Something worth knowing: a checkpoint, a stop, a warning."""
         self.write("event", {"what": what} | figures)
+
+    def say(self, line: str) -> None:
+        """A line for whoever looks on, which is no record."""
+
+    def say_start(self, facts: Mapping[str, Any]) -> None:
+        """What is trained, for whoever looks on."""
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """The end's figures, as `end` and as summary.json."""
@@ -64,6 +72,18 @@ class RunRecords(Records):
         if self._config.record.tensorboard:
             self._tensorboard(kind, figures)
         self._bar.show(kind, figures)
+
+    def event(self, what: str, **figures: Any) -> None:
+        if what == "started":
+            self.say_start(figures)
+        super().event(what, **figures)
+
+    def say(self, line: str) -> None:
+        self._bar.say(line)
+
+    def say_start(self, facts: Mapping[str, Any]) -> None:
+        for line in start_lines(self._folder, facts):
+            self._bar.say(line)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         self.write("end", summary)
@@ -112,10 +132,7 @@ class _Progress:
         if kind == "phase":
             plan = figures["plan"]
             self._state["phase"] = f"{figures['number']} {figures['name']}"
-            self._say(
-                f"phase {figures['number']}: {figures['name']}, {plan['batch_per_rank']} a rank, "
-                f"period {plan['sync_period_steps']}"
-            )
+            self._say(f"phase {figures['number']}: {figures['name']}, {plan_words(plan)}")
         elif kind == "eval":
             self._state["accuracy"] = f"{figures['test_accuracy']:.4f}"
             self._say(
@@ -125,8 +142,19 @@ class _Progress:
         elif kind == "round":
             self._round(figures)
         elif kind == "event":
-            what, *rest = figures.values()
+            self._event(figures)
+
+    def _event(self, figures: Mapping[str, Any]) -> None:
+        what, *rest = figures.values()
+        if "message" in figures:
+            self._say(f"{what}: {figures['message']}")
+        elif what != "started":  # that is said at length
             self._say(f"{what}: " + ", ".join(f"{n} {v}" for n, v in zip(list(figures)[1:], rest, strict=True)))
+
+    def say(self, line: str) -> None:
+        """A line of its own, where progress is shown."""
+        if self._shown:
+            self._say(line)
 
     def close(self) -> None:
         if self._bar is not None:
@@ -166,20 +194,52 @@ def open_records(folder: Path, config: Config, *, rank: int) -> Iterator[Records
         records.close()
 
 
-def prepare_folder(folder: Path, *, resuming: bool, metrics_bytes: int) -> None:
+def start_lines(folder: Path, facts: Mapping[str, Any]) -> list[str]:
+    """The facts of a run in words: what is trained, on what, and what is planned."""
+    ranks = facts["world_size"]
+    named = (f"{plan['name']} {plan_words(plan)}".strip() for plan in facts["plans"])
+    return [
+        f"run {folder.name}: {facts['data']} ({facts['data_samples']:,} samples), {facts['model']} "
+        f"({facts['parameters']:,} parameters), {facts['planned_samples']:,} samples to train",
+        f"on {ranks} rank{'s' * (ranks != 1)} ({facts['device']}), recorded in {folder}",
+        f"policy {facts['policy']}: {'; '.join(named)}",
+    ]
+
+
+def plan_words(plan: Mapping[str, Any]) -> str:
+    """Batch and period of a Plan."""
+    period = plan["sync_period_steps"]
+    return f"batch {plan['batch_per_rank']} a rank, {f'period {period}' if period else 'averaged at the end'}"
+
+
+def append_event(folder: Path, what: str, **figures: Any) -> None:
+    """An event of a run whose records are closed; said to whoever looks on, also where it cannot be written."""
+    print(f"{what}: " + ", ".join(map(str, figures.values())), file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError), open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps({"kind": "event", "what": what} | figures) + "\n")
+
+
+def prepare_folder(folder: Path, *, resuming: bool, metrics_bytes: int) -> Path | None:
     """Make the run's folder ready: an old run of the same name is moved aside, never overwritten; a resumed one keeps
-    its records up to the checkpoint."""
+    its records up to the checkpoint.
+
+    Returns:
+        Where the old run is now; None where there was none.
+    """
     metrics = folder / "metrics.jsonl"
     if resuming:
         folder.mkdir(parents=True, exist_ok=True)
         if metrics.exists():
             with open(metrics, "r+b") as file:
                 file.truncate(metrics_bytes)
-        return
+        return None
+    aside = None
     if folder.exists() and any(folder.iterdir()):
         number = next(n for n in range(1, 10**6) if not folder.with_name(f"{folder.name}.{n}").exists())
-        folder.rename(folder.with_name(f"{folder.name}.{number}"))
+        aside = folder.rename(folder.with_name(f"{folder.name}.{number}"))
+        LOG.debug("%s was moved to %s", folder, aside)
     folder.mkdir(parents=True, exist_ok=True)
+    return aside
 
 
 def _finite(value: Any) -> Any:

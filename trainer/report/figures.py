@@ -40,7 +40,7 @@ TIME_TO_ACCURACY = (
 )
 SCALING = (
     "Samples/s of the run over samples/s of one rank alone at the small batch; up and to the right is better; "
-    "the dashed line is one rank."
+    "dashed: as many times as there are ranks (ideal); dotted: one rank."
 )
 LOSS = "The faint line is every record, the strong one a running mean over a twentieth of them."
 TIME = (
@@ -71,7 +71,7 @@ def _comparison(runs: Sequence[Run]) -> Iterator[Picture]:
     if any(each.train_loss is not None for run in runs for each in run.rounds):
         note = LOSS if any(len(run.rounds) >= 40 for run in runs) else ""
         yield Picture.of("train_loss", "Training loss against samples", note, _losses(runs))
-    if any(run.number("elapsed_s") for run in runs):
+    if any(run.number(part[0]) for run in runs for part in (*SPENT, *BESIDE)):
         yield Picture.of("time", "Where the time went", TIME, _time(runs))
 
 
@@ -150,12 +150,22 @@ def _scatter(runs: Sequence[Run]) -> Figure:
     accuracies, speedup_top = [at for _, _, (at, _) in points], max(up for _, _, (_, up) in points)
     margin = max(0.005, 0.18 * (max(accuracies) - min(accuracies)))
     axes.set_xlim(min(accuracies) - margin, max(accuracies) + margin)
-    axes.axhline(1.0, color="#555555", linewidth=1, linestyle="--")
-    axes.set_ylim(0, 1.15 * max(speedup_top, 1.0))
+    axes.axhline(1.0, color="#555555", linewidth=1, linestyle=":")
+    ideal = sorted({int(ranks) for run in runs if _scaling(run) and (ranks := run.number("world_size"))})
+    for ranks in ideal:
+        _ideal(axes, ranks)
+    axes.set_ylim(0, 1.15 * max(speedup_top, 1.0, *ideal))
     up = "scaling speedup (times one rank)"
     title_axes(axes, "Scaling speedup against test accuracy", "test accuracy (fraction)", up)
     name_points(figure, axes, [(label, place) for _, label, place in points])
     return figure
+
+
+def _ideal(axes: Axes, ranks: int) -> None:
+    """Ideal scaling: as many times one rank's samples/s as there are ranks."""
+    axes.axhline(ranks, color="#555555", linewidth=1, linestyle="--")
+    words, across = f"ideal: {ranks} rank{'s' * (ranks != 1)}", axes.get_xlim()[0]
+    axes.annotate(words, (across, ranks), (4, 3), textcoords="offset points", fontsize=8.5, color="#555555")
 
 
 def _losses(runs: Sequence[Run]) -> Figure:

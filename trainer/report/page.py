@@ -20,9 +20,15 @@ Form = Callable[[Any], str]
 
 # a figure of summary.json, its name on the page with its unit, and how it is written
 FIGURES: tuple[tuple[str, str, Form], ...] = (
+    ("data", "data", text.plain),
+    ("data_samples", "training samples in the data", text.plain),
+    ("model", "model", text.plain),
+    ("parameters", "parameters", text.plain),
     ("policy", "policy", text.plain),
     ("world_size", "ranks", text.plain),
     ("device", "device", text.plain),
+    ("started_at", "started", lambda value: text.moment(value)),
+    ("wall_s", "duration, all in all", text.seconds),
     ("test_accuracy", "test accuracy (fraction)", text.accuracy),
     ("best_test_accuracy", "best test accuracy (fraction)", text.accuracy),
     ("scaling_speedup", "scaling speedup (times one rank)", lambda value: text.number(value, ".3f")),
@@ -90,9 +96,10 @@ def html(runs: Sequence[Run], shared: Sequence[Picture], own: Sequence[Picture |
         f'<div class="grid">{"".join(map(_figure, shared))}</div>',
         "" if shared else '<p class="faint">No round and no evaluation is recorded yet.</p>',
         _time_to_accuracy(runs) if len(runs) > 1 else "",
+        *(_run(i, run, picture) for i, (run, picture) in enumerate(zip(runs, own, strict=True))),
         "<h2>All figures</h2>",
         _all_figures(runs),
-        *(_run(i, run, picture) for i, (run, picture) in enumerate(zip(runs, own, strict=True))),
+        *(_config(i, run) for i, run in enumerate(runs)),
     ]
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -112,12 +119,21 @@ def _tiles(run: Run) -> str:
         f'<span class="faint">{escape(beside)}</span></div>'
         for figure, name, beside in text.headline(run)
     )
-    policy = text.plain(run.figures.get("policy"))
-    return f'<p class="faint">policy {escape(policy)} {_mark(run)}</p><div class="tiles">{tiles}</div>'
+    return f'{_about(run)}<div class="tiles">{tiles}</div>'
+
+
+def _about(run: Run) -> str:
+    """What was trained, with what and when, in a few lines."""
+    lines = "".join(f"<p><b>{escape(name)}</b><span>{escape(words)}</span></p>" for name, words in text.about(run))
+    return f'<div class="about">{lines}{_mark(run)}</div>'
 
 
 def _lead(runs: Sequence[Run]) -> str:
     """What several runs reached, a row each."""
+    abouts = "".join(
+        f"<p>{_name(i, run)}: {escape('; '.join(words for _, words in text.about(run)))}</p>"
+        for i, run in enumerate(runs)
+    )
     head = ("run", "test accuracy", "scaling speedup", "samples/s", "training clock", "time-to-accuracy speedup")
     rows = []
     for i, run in enumerate(runs):
@@ -126,7 +142,8 @@ def _lead(runs: Sequence[Run]) -> str:
     beside = (
         "The last column is the first run's training time over this run's, to the highest accuracy that both reached."
     )
-    return _table(head, rows, kind="lead") + f'<p class="faint">{beside}</p>'
+    table = _table(head, rows, kind="lead")
+    return f'{table}<p class="faint">{beside}</p><div class="about">{abouts}</div>'
 
 
 def _last_speedup(reference: Run, run: Run) -> str:
@@ -185,7 +202,7 @@ def _formed(form: Form, value: Any) -> str:
 
 
 def _run(i: int, run: Run, picture: Picture | None) -> str:
-    """One run's phases, events and configuration."""
+    """One run's phases and events."""
     phases = [
         [
             str(phase.number),
@@ -199,17 +216,21 @@ def _run(i: int, run: Run, picture: Picture | None) -> str:
     ]
     head = ("phase", "name", "batch a rank", "sync period", "LR scale", "from sample", "samples", "why")
     drawn = _figure(picture) if picture else '<p class="faint">No round and no evaluation is recorded yet.</p>'
-    config = (
-        f"<details><summary>Resolved configuration</summary><pre>{escape(run.config_text or text.NONE)}</pre></details>"
-    )
     return (
-        f'<h2>{_name(i, run)}</h2><div class="grid">{drawn}<div>{_events(run)}{config}</div></div>'
-        f"<h3>Phases</h3>{_table(head, phases, words_last=True)}"
+        f"<h2>Phases of {_name(i, run)}</h2>{_table(head, phases, words_last=True)}"
+        f'<div class="grid">{drawn}<div>{_events(run)}</div></div>'
     )
+
+
+def _config(i: int, run: Run) -> str:
+    """The configuration that repeats a run."""
+    whose = f"<summary>Configuration of {_name(i, run)}</summary>"
+    return f"<details>{whose}<pre>{escape(run.config_text or text.NONE)}</pre></details>"
 
 
 def _events(run: Run) -> str:
-    if not run.events:
+    events = [event for event in run.events if event.get("what") != "started"]  # that is said at the top
+    if not events:
         return '<p class="faint">No events.</p>'
     rows = [
         [
@@ -217,7 +238,7 @@ def _events(run: Run) -> str:
             *(escape(text.plain(event.get(name))) for name in ("local_step", "samples")),
             escape(text.pairs({k: v for k, v in event.items() if k not in ("what", "local_step", "samples")})),
         ]
-        for event in run.events
+        for event in events
     ]
     return "<h3>Events</h3>" + _table(("event", "local step", "samples", "figures"), rows, words_last=True)
 

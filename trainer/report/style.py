@@ -10,6 +10,11 @@ h2 { font-size: 1.15rem; margin: 2rem 0 .6rem; padding-top: .8rem; border-top: 1
   overflow-wrap: anywhere; }
 h3 { font-size: 1rem; margin: 1.2rem 0 .4rem; }
 p { margin: .4rem 0; max-width: 78ch; }
+.about { margin: .5rem 0; }
+.about p { margin: .15rem 0; overflow-wrap: anywhere; }
+.about p:has(> b) { display: grid; grid-template-columns: 4.6rem 1fr; }
+.about b { font-weight: 500; color: var(--faint); }
+.scroll + .grid { margin-top: 1rem; }
 .faint, figcaption { color: var(--faint); font-size: .87rem; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 165px), 1fr)); gap: .7rem;
   margin: .8rem 0; }
@@ -30,6 +35,7 @@ td.words { white-space: normal; min-width: 11rem; }
 .figures td { white-space: normal; min-width: 7rem; max-width: 18rem; overflow-wrap: anywhere; }
 .figures tbody th { position: sticky; left: 0; background: #fff; min-width: 8.5rem; overflow-wrap: normal; }
 tbody th, thead th:not(:first-child) { white-space: normal; overflow-wrap: anywhere; min-width: 5.2rem; }
+.short tbody th, .short thead th:not(:first-child) { overflow-wrap: break-word; }
 .lead tbody th { min-width: 8.5rem; }
 .lead thead th:not(:first-child) { overflow-wrap: normal; }
 thead th { position: sticky; top: 0; background: var(--soft); z-index: 1; }

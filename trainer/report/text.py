@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 from trainer.records.reader import Run
@@ -63,6 +64,44 @@ def plain(value: Any) -> str:
 def pairs(table: Any) -> str:
     """The entries of a table in one line."""
     return ", ".join(f"{name} {plain(value)}" for name, value in table.items()) or NONE
+
+
+def moment(value: Any) -> str:
+    """A time of day in UTC from its ISO form; anything else as it stands."""
+    try:
+        return f"{datetime.fromisoformat(value).astimezone(UTC):%Y-%m-%d %H:%M} UTC"
+    except (TypeError, ValueError):
+        return plain(value)
+
+
+def duration(value: float) -> str:
+    """A time in hours, minutes and seconds."""
+    minutes, rest = divmod(round(value), 60)
+    hours, minutes = divmod(minutes, 60)
+    parts = ((hours, "h"), (minutes, "min"), (rest, "s"))
+    return " ".join(f"{count} {unit}" for count, unit in parts if count) or "0 s"
+
+
+def about(run: Run) -> list[tuple[str, str]]:
+    """What was trained, with what and when: (word, figures); what was not recorded is left out."""
+    figures, ranks = run.figures, run.number("world_size")
+    trained = [_with(figures.get("data"), run.number("data_samples"), "samples")]
+    trained.append(_with(figures.get("model"), run.number("parameters"), "parameters"))
+    means = [] if ranks is None else [f"{ranks:.0f} rank{'s' * (ranks != 1)}"]
+    means += [plain(figures["device"])] if figures.get("device") else []
+    versions = figures.get("versions")
+    means += [f"{name} {plain(value)}" for name, value in versions.items()] if isinstance(versions, dict) else []
+    when = [moment(figures["started_at"])] if figures.get("started_at") else []
+    wall_s = run.number("wall_s")
+    when += [] if wall_s is None else [f"{duration(wall_s)} in all"]
+    told = [("trained", trained), ("policy", [plain(figures.get("policy"))]), ("on", means), ("started", when)]
+    lines = [(word, ", ".join(each for each in parts if each)) for word, parts in told]
+    return [(word, line) for word, line in lines if line]
+
+
+def _with(name: Any, count: float | None, unit: str) -> str:
+    """A name, and how many of what it has."""
+    return "" if name is None else plain(name) + ("" if count is None else f" ({count:,.0f} {unit})")
 
 
 def plan(table: Any) -> str:
