@@ -114,3 +114,11 @@ def test_a_script_may_be_called_trainer(python: Path, tmp_path: Path) -> None:
     assert shell([python, "-c", "import ebbtide; print(ebbtide.Plan(8, 2).batch_per_rank)"], tmp_path).strip() == "8"
     told = shell([python, "-c", "import sys; sys.modules['trainer'] = sys; import ebbtide"], tmp_path, good=False)
     assert "another module named trainer is loaded" in told
+
+
+def test_the_version_is_said_once() -> None:
+    from trainer.version import __version__
+
+    assert f"\nversion: {__version__}\n" in (ROOT / "CITATION.cff").read_text()  # which reads no other file
+    assert f"\n## [{__version__}]\n" in (ROOT / "CHANGELOG.md").read_text()
+    assert "version = attr: trainer.version.__version__" in (ROOT / "setup.cfg").read_text()
