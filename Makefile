@@ -1,4 +1,4 @@
-# setup data train test test-fast check bench report clean: each safe to repeat, and quick when nothing is missing.
+# setup data train test test-fast check bench docs report clean: each safe to repeat, and quick when nothing is missing.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,7 +12,7 @@ export OMP_NUM_THREADS ?= $(shell n=$$(( $$(nproc) / $(RANKS) )); echo $$(( n > 
 
 TEST_PROCESSES ?= 3
 
-.PHONY: setup data train test test-fast check bench report clean
+.PHONY: setup data train test test-fast check bench docs report clean
 
 setup: $(VENV)/.ready
 data: data/FashionMNIST/.ready
@@ -47,9 +47,13 @@ bench: setup data
 	$(BIN)/python -m benchmarks.loop_overhead --quick
 	$(BIN)/torchrun --standalone --nproc-per-node=$(RANKS) -m benchmarks.throughput --quick
 
+docs: setup
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet docs docs/_build
+
 report: setup
 	$(BIN)/python -m trainer.report $(RUNS)
 
 clean:
-	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build dist docs/_build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -not -path './data/*' -exec rm -rf {} +

@@ -129,8 +129,8 @@ def main() -> None:
     with_speedups(found)
     print(table(found))
     if not args.quick:
-        (RESULTS.parent / f"frontier-{place}.md").write_text(table(found))
-        plot(found, RESULTS.parent / f"frontier-{place}.png")
+        (RESULTS / f"{place}.md").write_text(table(found))
+        plot(found, RESULTS / f"{place}.png")
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ def rows(folder: Path) -> list[list[str]]:
     """A row a link and way."""
     lines = []
     for place, (rate, count) in LINKS.items():
-        path = folder / f"{place}.json"
+        path = folder / f"{place}-hosts.json"
         found = json.loads(path.read_text()) if path.exists() else {"repeats": []}
         by_way: dict[str, list[dict[str, float]]] = {}
         for repeat in found["repeats"]:
@@ -135,13 +135,13 @@ def main() -> None:
     size = ["--rounds", "4", "--repeats", "1"] if args.quick else ["--rounds", str(args.rounds)]
     size += [] if args.quick else ["--repeats", str(args.repeats)]
     for place in ["100mbit-2"] if args.quick else args.links:
-        out, (rate, count) = folder / f"{place}.json", LINKS[place]
+        out, (rate, count) = folder / f"{place}-hosts.json", LINKS[place]
         if not out.exists():
             with hosts(count, rate) as shaped:
                 shaped.run("benchmarks.overlap", *size, "--ways", *ways, "--worker", str(out.resolve()), timeout_s=1800)
     head = ["link", "hosts", "way", "samples/s", "of compute alone", "range"]
     head += ["exposed ms a round", "transfer ms", "delay steps"]
-    print(write_table(folder.parent / f"{folder.name}.md", head, rows(folder)))
+    print(write_table(folder / "table.md", head, rows(folder)))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ Learning rates: as many a method of one model (five for ResNet-50, three for VGG
 iterations; the best final accuracy on the test samples wins, and the finals have other seeds. Large batches have the
 same grid times three (about √8), larger ones times two. "(edge)" marks a rate at the end of its grid. torchvision's
 own stem (`--stem torchvision`) is ResNet-50's; VGG-11 cannot take 28 pixels without the small one. A finished run is
-kept in results/paper/ and skipped the next time; table and plot show what is there.
+kept in results/paper/runs/ and skipped the next time; table and plot show what is there.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ from benchmarks.sharpness import sharpness
 
 Runs = dict[tuple[str, str], list[dict[str, Any]]]
 RESULTS = Path("benchmarks/results/paper")
+RUNS = RESULTS / "runs"
 RANKS, SMALL, LARGE, PERIOD = 4, 8, 64, 8
 CONSTANT = {"small_batch": SMALL, "large_batch": LARGE, "larger_batch": 2 * LARGE}
 RATE_FACTORS = {"large_batch": 3, "larger_batch": 2}
@@ -85,7 +86,7 @@ class Settings:
     backend: str
     anneal: bool
     series: str
-    folder: Path = RESULTS
+    folder: Path = RUNS
 
     def stem_of(self, model: str) -> str:
         """The stem that a model gets."""
@@ -267,8 +268,8 @@ def report(settings: Settings) -> str:
         head[2:] = [f"accuracy at {settings.iterations} iterations", head[2].removeprefix("accuracy ")]
         head += ["at equal seconds"]
     head += ["samples/s", "sharpness", "samples in all", "learning rate", "seeds"]
-    place = settings.folder if settings.quick else RESULTS.parent
-    called = "-".join(part for part in ("paper", "annealed" * settings.anneal, settings.series) if part)
+    place = settings.folder if settings.quick else RESULTS
+    called = "-".join(part for part in ("annealed" if settings.anneal else "constant-rate", settings.series) if part)
     plot(finished, settings, place / f"{called}.png")
     table = write_table(place / f"{called}.md", head, rows)
     if settings.anneal:
@@ -378,7 +379,7 @@ def read_settings() -> Settings:
     parser.add_argument("--quick", action="store_true", help="8 iterations, one seed, one rate; keeps nothing")
     settings = Settings(**vars(parser.parse_args()))
     if not settings.quick:
-        return replace(settings, folder=RESULTS / settings.series)
+        return replace(settings, folder=RUNS / settings.series)
     folder = Path(tempfile.mkdtemp())
     return replace(settings, seeds=1, iterations=8, test_limit=200, hessian_samples=8, folder=folder)
 

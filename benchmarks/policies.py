@@ -190,7 +190,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--methods", nargs="+", default=["grid", *RECIPES], choices=["grid", *METHODS])
     parser.add_argument("--tune", action="store_true", help="try three rates for each method first")
-    parser.add_argument("--series", help="of another machine or day, whose results lie apart under this name")
+    parser.add_argument("--series", help="of other methods or another machine, whose results lie apart under this name")
     parser.add_argument("--at-once", type=int, default=1, help="runs side by side, whose seconds are bounds from above")
     parser.add_argument(
         "--quick", action="store_true", help="a few methods, one seed, a third of the samples; no trace"
@@ -225,9 +225,9 @@ def main() -> None:
         "lr",
         "seeds",
     ]
-    target = folder if args.quick else RESULTS.parent
-    print(write_table(target / f"policies-{place}.md", head, rows(found)))
-    plot(found, target / f"policies-{place}.png")
+    target = folder if args.quick else RESULTS
+    print(write_table(target / f"{place}.md", head, rows(found)))
+    plot(found, target / f"{place}.png")
 
 
 if __name__ == "__main__":

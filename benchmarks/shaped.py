@@ -100,8 +100,8 @@ def interface_bytes() -> int:
 
 
 def place_of(rate: str, hosts: int, series: str | None = None) -> str:
-    """What results over such links are kept under; a series, of another machine or day, lies apart."""
-    return "-".join([rate or "loopback", str(hosts), *([series] if series else [])])
+    """The name that results over such links are kept under; a series, of other ways or another machine, lies apart."""
+    return "-".join([rate or "loopback", str(hosts), "hosts", *([series] if series else [])])
 
 
 def write_table(path: Path, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

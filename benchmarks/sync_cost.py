@@ -85,7 +85,7 @@ def rows(folder: Path) -> list[list[str]]:
     """A row a setting, size and format, of what is there."""
     lines = []
     for rate, count in SETTINGS:
-        path = folder / f"{rate}-{count}.json"
+        path = folder / f"{rate}-{count}-hosts.json"
         if not path.exists():
             continue
         repeats = json.loads(path.read_text())["repeats"]
@@ -128,11 +128,11 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp()) if args.quick else RESULTS
     folder.mkdir(parents=True, exist_ok=True)
     for rate, count in SETTINGS[:1] if args.quick else SETTINGS:
-        out = folder / f"{rate}-{count}.json"
+        out = folder / f"{rate}-{count}-hosts.json"
         if not out.exists():
             measure(rate, count, out, quick=args.quick, bucket_bytes=args.bucket_bytes)
     head = ["link", "hosts", "model", "format", "median s", "range", "of float32's bound", "bytes of float32's"]
-    print(write_table(folder.parent / f"{folder.name}.md", head, rows(folder)))
+    print(write_table(folder / "table.md", head, rows(folder)))
 
 
 if __name__ == "__main__":

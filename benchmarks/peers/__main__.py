@@ -6,9 +6,11 @@
 The work: the FedAvg CNN on Fashion-MNIST, batch 32 a rank, period 16, SGD 0.05 with Nesterov momentum 0.9, cosine,
 118,784 samples over all ranks (1,856 local steps of two ranks: a whole number of rounds). Every method gets the same
 initial model, the same batches in the same order and the same schedule, on one core a host; only what is sent, and
-when, is its own. Evaluation and start-up are off the clock. A finished run is kept in results/peers/ and skipped the
-next time. `--lr` is a trial of another rate than the 0.05 that all have. `ddp` takes a third of an hour at 100 Mbit/s:
-`--steps N` times N of its steps instead, and `--rate ""` has its accuracy. Needs root, iproute2 and the `bench` extra.
+when, is its own. Evaluation and start-up are off the clock. A finished run is kept in results/peers/LINK-HOSTS-hosts/
+and skipped the next time; the table lies beside that folder. Runs of several days may lie in one folder: each is
+compared with compute alone of its own day (a file name is free to say more, as alone-0-beside-peers.json). `--lr` is a
+trial of another rate than the 0.05 that all have. `ddp` takes a third of an hour at 100 Mbit/s: `--steps N` times N of
+its steps instead, and `--rate ""` has its accuracy. Needs root, iproute2 and the `bench` extra.
 """
 
 from __future__ import annotations
@@ -134,7 +136,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=DEFAULT, choices=list(METHODS))
     parser.add_argument("--lr", type=float, default=LR, help="peak learning rate of these runs")
     parser.add_argument("--steps", type=int, help="stop after so many local steps; accuracy then means little")
-    parser.add_argument("--series", help="of another machine or day, whose results lie apart under this name")
+    parser.add_argument("--series", help="of other ways or another machine, whose results lie apart under this name")
     parser.add_argument("--quick", action="store_true", help="64 steps and one seed of every method; keeps nothing")
     parser.add_argument("--worker", nargs=3, metavar=("METHOD", "SEED", "OUT"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -159,7 +161,7 @@ def main() -> None:
     head = ["method", "median s", "range", "ms a step", "of compute alone", "by seed", "test accuracy"]
     head += ["MB sent a rank in 1,000 steps", "seeds"]
     found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    table = Path(tempfile.mkdtemp()) / "table.md" if args.quick else RESULTS.parent / f"peers-{place}.md"
+    table = Path(tempfile.mkdtemp()) / "table.md" if args.quick else RESULTS / f"{place}.md"
     print(write_table(table, head, rows(found)))
 
 

@@ -13,6 +13,15 @@ SHIPPED = PACKAGE / "recipes"
 """The recipes inside an installed package."""
 
 
+def recipe_folder() -> Path:
+    """The folder of the recipes that ship, in a checkout and in an installed wheel.
+
+    They are written in launch/recipes. trainer/recipes is a link to that folder, and a wheel holds the files in its
+    place.
+    """
+    return SHIPPED
+
+
 def recipe_folders() -> Iterator[Path]:
     """The folders that hold recipes by name, in the order in which they are searched."""
     yield Path("launch") / "recipes"
