@@ -83,17 +83,18 @@ POLICIES = {
 
 def passes(world: World, size: int, workers: int) -> dict[str, list[list[list[int]]]]:
     read = {}
-    for name, policy in POLICIES.items():
+    for name, policy in POLICIES.items() if not workers else [*POLICIES.items()][-1:]:
         with began(policy, world) as sync:
             data = sync.batches(Noisy(size), workers=workers, seed=5)
             read[name] = [[trained(sync, batch) for batch in data] for _ in range(3)]
     return read
 
 
-@pytest.mark.parametrize(("size", "workers"), [(64, 0), (65, 2)])
+@pytest.mark.parametrize(("size", "workers"), [(64, 0), (65, 0), (65, 2)])
 def test_each_pass_reads_every_sample_once_in_a_new_order_and_ends_on_all_ranks(size: int, workers: int) -> None:
     both = run(2, passes, size, workers)
-    for name, policy in POLICIES.items():
+    for name in both[0]:
+        policy: Any = POLICIES[name]
         first, second = (rank[name] for rank in both)
         orders = [list(itertools.chain(*number)) for number in first]
         others = [list(itertools.chain(*number)) for number in second]

@@ -19,6 +19,8 @@ from trainer.errors import ConfigError, DataError
 
 Collate = Callable[[list[Any]], Any]
 _MASK = 2**64 - 1
+SEEDED_AT_FIRST = 4
+"""Batches of a pass that are read with seeds even if they draw nothing."""
 _NUMPY = np.random.MT19937(0)
 """Numpy's global generator while items are read in the training process."""
 
@@ -59,6 +61,18 @@ def _seed_all(seed: int) -> None:
     torch.default_generator.manual_seed(seed)
 
 
+def _drawn() -> tuple[int, bytes, int]:
+    """One draw of each random state."""
+    return random.getrandbits(64), np.random.bytes(8), int(torch.randint(2**62, ()))
+
+
+def untouched(seed: int) -> bool:
+    """Inside `seeded`, at its end: nothing was drawn in it."""
+    drawn = _drawn()
+    _seed_all(seed)
+    return drawn == _drawn()
+
+
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Random draws of a data set's transforms follow from `seed`, whatever was drawn before.
@@ -87,8 +101,13 @@ def read_batch(items: Any, places: Indices, seed: int, collate: Collate | None) 
         chosen = torch.from_numpy(places)
         return [tensor[chosen] for tensor in items.tensors]
     with seeded(seed):
-        found = read_items(items, places.tolist())
-        return found if isinstance(found, Failed) else put_together(found, collate)
+        return read_plainly(items, places, collate)
+
+
+def read_plainly(items: Any, places: Indices, collate: Collate | None) -> Any:
+    """Like `read_batch`, with whatever random states there are."""
+    found = read_items(items, places.tolist())
+    return found if isinstance(found, Failed) else put_together(found, collate)
 
 
 def read_items(items: Any, places: list[int]) -> list[Any] | Failed:
@@ -140,18 +159,33 @@ def put_together(items: list[Any], collate: Collate | None) -> Any:
         )
 
 
-@dataclass(frozen=True)
+@dataclass
 class Reading:
-    """A pass over chosen items, asked for a stretch of it: what it holds depends on the stretch alone."""
+    """A pass over chosen items, asked for a stretch of it: what it holds depends on the stretch alone.
+
+    Where the first batches that this process reads draw nothing at random, the following ones are read without seeds.
+    """
 
     items: Any
     places: Indices
-    seed: tuple[int, ...]
+    seed: int
+    """Of this pass on this rank."""
     collate: Collate | None
+    _without_draws: int = 0
 
     def __getitem__(self, stretch: tuple[int, int]) -> Any:
         start, count = stretch
-        return read_batch(self.items, self.places[start : start + count], mixed_seed(*self.seed, start), self.collate)
+        places = self.places[start : start + count]
+        if self.collate is None and type(self.items) is TensorDataset:
+            return read_batch(self.items, places, 0, None)
+        if self._without_draws >= SEEDED_AT_FIRST:
+            return read_plainly(self.items, places, self.collate)
+        seed = mixed_seed(self.seed, start)
+        with seeded(seed):
+            batch = read_plainly(self.items, places, self.collate)
+            if self._without_draws >= 0:  # as long as none drew
+                self._without_draws = self._without_draws + 1 if untouched(seed) else -1
+        return batch
 
 
 def as_it_is(thing: Any) -> Any:
@@ -175,8 +209,9 @@ class BatchReader:
         plain = reading.collate is None and type(reading.items) is TensorDataset
         self._reading, self._pin = reading, pin
         self._workers = 0 if plain else workers  # tensors are picked sooner than they are passed on
-        self._batches: Iterator[Any] | None = None
-        self._due: deque[tuple[int, int]] = deque()
+        self._loader: DataLoader[Any] | None = None
+        self._batches: Iterator[Any] = iter(())
+        self._stretches = _Stretches()
 
     def read(self, start: int, count: int, coming: Callable[[], Iterator[int]]) -> Any:
         """The batch of `count` samples from `start` on.
@@ -197,21 +232,24 @@ class BatchReader:
 
     def _ahead(self, start: int, count: int, coming: Callable[[], Iterator[int]]) -> Any:
         try:
-            if self._batches is None or not self._due or self._due[0] != (start, count):
-                self.close()
-                self._batches = iter(self._loader(start, coming()))
+            if not self._stretches.due or self._stretches.due[0] != (start, count):
+                if self._loader is None:
+                    self._loader = self._open()
+                self._stretches.aim(start, coming())
+                self._batches = iter(self._loader)
             batch = next(self._batches)
         except Exception as error:
             raise dead_worker(error) from error
-        self._due.popleft()
+        self._stretches.due.popleft()
         return batch
 
-    def _loader(self, start: int, sizes: Iterator[int]) -> DataLoader[Any]:
+    def _open(self) -> DataLoader[Any]:
         return DataLoader(
             self._reading,  # type: ignore[arg-type]  # map-style by its __getitem__
             batch_size=None,
-            sampler=_Stretches(start, sizes, self._due),
+            sampler=self._stretches,
             num_workers=self._workers,
+            persistent_workers=True,  # they stay for the pass, however often the batch changes
             collate_fn=as_it_is,
             pin_memory=self._pin,
             generator=torch.Generator(),  # of its own: a reader that begins anew must not draw from training's
@@ -219,8 +257,8 @@ class BatchReader:
 
     def close(self) -> None:
         """End reading processes."""
-        self._batches = None
-        self._due = deque()
+        self._loader, self._batches = None, iter(())
+        self._stretches.due.clear()
 
 
 def dead_worker(error: Exception) -> Exception:
@@ -239,14 +277,21 @@ def dead_worker(error: Exception) -> Exception:
 
 
 class _Stretches(torch.utils.data.Sampler[tuple[int, int]]):
-    """Stretches of a pass, one a batch; notes in `due` what was asked for."""
+    """Stretches of a pass, one a batch; `due` are those that were asked for and have not come."""
 
-    def __init__(self, start: int, sizes: Iterator[int], due: deque[tuple[int, int]]) -> None:
-        self._start, self._sizes, self._due = start, sizes, due
+    def __init__(self) -> None:
+        self.due: deque[tuple[int, int]] = deque()
+        self._start = 0
+        self._sizes: Iterator[int] = iter(())
+
+    def aim(self, start: int, sizes: Iterator[int]) -> None:
+        """Have the next iteration begin at `start`, with stretches of these sizes."""
+        self._start, self._sizes = start, sizes
+        self.due.clear()
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         start = self._start
         for size in self._sizes:
-            self._due.append((start, size))
+            self.due.append((start, size))
             yield start, size
             start += size

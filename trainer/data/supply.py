@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from trainer.data.nested import length, nbytes
 from trainer.data.partition import shard_of
 from trainer.data.planned import PlannedBatches, pass_order
-from trainer.data.reading import BatchReader, Collate, Failed, Reading, dead_worker, one_line, put_together
+from trainer.data.reading import BatchReader, Collate, Failed, Reading, dead_worker, mixed_seed, one_line, put_together
 from trainer.errors import ConfigError, DataError
 
 LOOK_AHEAD_BYTES = 2**28
@@ -133,7 +133,7 @@ class MapSupply:
     def begin(self, number: int, consumed: int) -> None:
         place = self._place
         order = self._mine[pass_order(len(self._mine), place.seed, place.rank, number)]
-        reading = Reading(self._items, order, (place.seed, 4, place.rank, number), self._collate)
+        reading = Reading(self._items, order, mixed_seed(place.seed, 4, place.rank, number), self._collate)
         self._reader = BatchReader(reading, self._workers, pin=place.device.type == "cuda")
         self._consumed = consumed
 
