@@ -19,7 +19,7 @@ from whole_runs import end, in_process, lines, settings, start
 
 from trainer.config.config import WorldConfig
 from trainer.distributed.world import World, compare_ranks
-from trainer.errors import MismatchError
+from trainer.errors import ConfigError, MismatchError
 
 
 class Faulty(nn.Module):
@@ -103,22 +103,30 @@ def test_ranks_of_two_jobs_are_told_apart() -> None:
     assert "configuration is abc on ranks 0, 1 but xyz on rank 2" in said[0]
 
 
-def meshed(world: World) -> tuple[Any, ...]:
-    from torch.distributed.device_mesh import DeviceMesh
-
-    mesh = world.mesh
-    assert isinstance(mesh, DeviceMesh)
+def meshed(world: World, names: str) -> tuple[Any, ...]:
+    world = world.with_nodes(names)
     totals = []
-    for dimension in ("node", "local"):
+    for group in world.new_levels():
         value = torch.tensor(world.rank)
-        torch.distributed.all_reduce(value, group=mesh[dimension].get_group())
+        torch.distributed.all_reduce(value, group=group)
         totals.append(value.item())
     return world.node, world.local_rank, *totals
 
 
-def test_groups_for_node_and_local() -> None:
-    places = run(4, meshed, local_size=2)
-    assert places == [(0, 0, 0 + 2, 0 + 1), (0, 1, 1 + 3, 0 + 1), (1, 0, 0 + 2, 2 + 3), (1, 1, 1 + 3, 2 + 3)]
+def test_groups_of_a_node_and_between_nodes() -> None:
+    places = run(4, meshed, "aabb")
+    assert places == [(0, 0, 0 + 1, 0 + 2), (0, 1, 0 + 1, 1 + 3), (1, 0, 2 + 3, 0 + 2), (1, 1, 2 + 3, 1 + 3)]
+
+
+def test_groups_where_a_launcher_deals_ranks_out_to_nodes_in_turn() -> None:
+    places = run(4, meshed, "abab")
+    assert places == [(0, 0, 0 + 2, 0 + 1), (1, 0, 1 + 3, 0 + 1), (0, 1, 0 + 2, 2 + 3), (1, 1, 1 + 3, 2 + 3)]
+
+
+def test_unequal_nodes_are_refused_on_every_rank_alike() -> None:
+    world = World(size=3)
+    with pytest.raises(ConfigError, match="there are 2 on a, 1 on b"):
+        world.with_nodes("aab")
 
 
 def test_a_collective_that_nobody_joins_times_out_and_says_so() -> None:

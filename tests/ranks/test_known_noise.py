@@ -83,7 +83,7 @@ def looked(world: World, settings: SyncConfig, period: int, steps: int, evaluate
             begins = sync.between_rounds
             optimizer.step()
             if begins and step % max(period, 4) == 0:
-                apart.append(bool(sync._progress.notes.header()["grad_apart"]))
+                apart.append(bool(sync._progress.notes.noted()["grad_apart"]))
             sync.step(loss, BATCH)
             if step + 1 == evaluated_at:
                 sync.settle()

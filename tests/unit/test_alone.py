@@ -94,7 +94,7 @@ def test_a_corrected_optimizer_state_is_as_if_it_had_begun_from_the_average(opti
 
     def begun(history: Values) -> Replica:
         model = new_model()
-        replica = Replica(model, optimizer(model.parameters()), Collectives(World(), None, 2**20))
+        replica = Replica(model, optimizer(model.parameters()), Collectives(World(), None, 2**20), keeps_state=False)
         advance(replica, history)
         return replica
 

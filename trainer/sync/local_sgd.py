@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from trainer.config.sync import SyncConfig, check_plans, check_scaler
+from trainer.config.sync import SyncConfig, check_plans, check_scaler, sync_config_of
 from trainer.control.controller import Controller
 from trainer.control.reports import Total
 from trainer.control.rounds import Round, Rounds
@@ -26,6 +26,7 @@ from trainer.distributed.world import World
 from trainer.errors import ConfigError, MismatchError
 from trainer.plan import Plan
 from trainer.policies import Policy
+from trainer.policies.base import policy_of
 from trainer.sync.averager import Averager, share
 from trainer.sync.consensus import consensus_model
 from trainer.sync.early_end import EarlyEnd
@@ -60,8 +61,8 @@ class LocalSGD:
         model: on its device, not wrapped and not sharded. Every rank builds the same one; values may differ.
         optimizer: over the model's parameters; its learning rates are scaled during `optimizer.step()` only, so any
             scheduler may set them.
-        policy: the rule that plans batch and period.
-        settings: what is averaged, and how.
+        policy: the rule that plans batch and period; its class or registered name stands for its defaults.
+        settings: what is averaged, and how; a dict holds fields of a SyncConfig.
         world: this rank among all; by default the process group that is there, else a world of one.
         group: the process group of the ranks that train together, where it is not all of them; every one of its ranks,
             and no other, makes a LocalSGD.
@@ -76,14 +77,15 @@ class LocalSGD:
         self,
         model: nn.Module,
         optimizer: Optimizer,
-        policy: Policy,
+        policy: Policy | type[Policy] | str,
         *,
-        settings: SyncConfig = SyncConfig(),  # noqa: B008  # frozen
+        settings: SyncConfig | Mapping[str, Any] | None = None,
         world: World | None = None,
         group: Any = None,
         clock: Clock | None = None,
         scaler: torch.amp.GradScaler | None = None,
     ) -> None:
+        policy, settings = policy_of(policy), sync_config_of(settings)
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
         check_plans(settings, policy.plans())
         check_scaler(settings, used=self._scaler is not None)
