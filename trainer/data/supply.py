@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -328,8 +329,9 @@ def guarded_batches(loader: DataLoader[Any]) -> Iterator[Any]:
 
 
 def _cause(error: Exception) -> str:
-    """An error in one line; of one from a reading process, its own last line."""
+    """An error in one line; of one from a reading process, the line with its type."""
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
     if len(lines) > 1 and lines[0].startswith("Caught "):
-        return lines[-1].strip()
+        named = [line for line in lines[1:] if re.match(r"[A-Za-z_][\w.]*: ", line)]
+        return (named or lines)[-1].strip()
     return one_line(error)
