@@ -533,7 +533,7 @@ def test_a_jump_of_the_rate_needs_no_momentum_correction() -> None:
     weight = torch.nn.Parameter(torch.tensor([1.0, -2.0], dtype=torch.float64))
     optimizer = torch.optim.SGD([weight], lr=0.1, momentum=0.9)
     factors = iter((1.0, 1.0, 4.0, 4.0, 0.5))
-    scaled = ScaledRate(optimizer, lambda: next(factors))
+    scaled = ScaledRate(optimizer, lambda _: next(factors))
     scaled.open()
     ours, velocity, before = weight.detach().clone(), torch.zeros(2, dtype=torch.float64), 0.1
     for factor in (1.0, 1.0, 4.0, 4.0, 0.5):
