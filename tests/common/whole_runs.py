@@ -106,7 +106,7 @@ def told(folder: Path) -> list[dict[str, Any]]:
             if name not in times
         }
 
-    return [timeless(line) for line in lines(folder) if line.get("what") != "resumed"]
+    return [timeless(line) for line in lines(folder) if line.get("what") not in ("resumed", "started")]
 
 
 def weights(folder: Path) -> torch.Tensor:

@@ -52,7 +52,8 @@ def test_one_ranks_exception_ends_all_within_seconds_with_its_message(tmp_path: 
     assert time.monotonic() - began < 10
     assert codes == [1, 1], said
     assert "rank 1: ArithmeticError: the fourth step of rank 1 went wrong" in said
-    assert re.search(r"rank 0: .+ failed on rank 0 of 2: a peer went away", said), said
+    why = "rank 1 left with ArithmeticError: the fourth step of rank 1 went wrong"
+    assert re.search(rf"rank 0: .+ failed on rank 0 of 2: {why}", said), said
     assert said.count("Traceback") == 1 + said.count("The above exception"), "only the rank that failed tells where"
 
 
@@ -84,7 +85,7 @@ def test_a_signal_to_one_rank_leaves_a_checkpoint_to_go_on_from(whole: Path, num
     codes, said = end(processes)
     assert codes == [1, 1]
     assert not (folder / "summary.json").exists()
-    assert [line["what"] for line in lines(folder) if line["kind"] == "event"] == ["stopped", "checkpoint"], said
+    assert [line["what"] for line in lines(folder) if line["kind"] == "event"][1:] == ["stopped", "checkpoint"], said
     run(2, in_process, settings(root, name, checkpoint={"every_samples": 10**6}, run={"resume": "auto"}))
     assert json.loads((folder / "summary.json").read_text())["samples"] == 1600
 

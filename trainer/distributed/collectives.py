@@ -153,10 +153,11 @@ class Collectives:
             return [{name: float(number) for name, number in numbers.items()}]
         mine = self._numbers(list(numbers.values()))
         rows = self._gathered(mine, "gathering numbers")
+        self._sent_bytes += mine.nbytes * (self.size - 1)
         return [dict(zip(numbers, row, strict=True)) for row in rows.tolist()]
 
     def gather_objects(self, thing: Any) -> list[Any]:
-        """Every rank's object, by rank: for rare and small ones."""
+        """Every rank's object, by rank: for rare and small ones, whose bytes are not counted."""
         if self.size == 1:
             return [thing]
         packed = torch.frombuffer(bytearray(pickle.dumps(thing)), dtype=torch.uint8).to(self.world.device)
@@ -172,7 +173,6 @@ class Collectives:
         rows = mine.new_empty(self.size, len(mine))
         with self._waiting(), self.world.collective(operation):
             self.world.wait(dist.all_gather([*rows], mine, self.group, async_op=True), operation)
-        self._sent_bytes += mine.nbytes * (self.size - 1)
         return rows
 
     def begin_sum(self, number: torch.Tensor) -> Vote:

@@ -498,6 +498,7 @@ class LocalSGD:
         """The place within round and phase, for a checkpoint; model and optimizer are saved by their owners."""
         return {
             "progress": self._progress.state_dict(),
+            "replica": self.replica.state_dict(),
             "told": self._told.state_dict(),
             "early": self._early.state_dict(),
             "averager": self._averager.state_dict(),
@@ -512,6 +513,7 @@ class LocalSGD:
         """Go on from a checkpoint: called inside the `with` block, once model and optimizer are loaded."""
         self._require_inside("load_state_dict")
         self._progress.load_state_dict(state["progress"])
+        self.replica.load_state_dict(state["replica"])
         self._told.load_state_dict(state["told"])
         self._averager.use(self.settings.under(self.plan))
         self._averager.load_state_dict(state["averager"])

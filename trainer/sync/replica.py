@@ -87,6 +87,14 @@ class Replica:
         """The ranks are one in these: what differs from now on has moved."""
         self._rests = {name: fingerprint(tensor) for name, tensor in self.rests().items()}
 
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint: what frozen parameters and buffers were when the ranks were last one."""
+        return {"rests": dict(self._rests)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint, once the model is loaded."""
+        self._rests = dict(state["rests"])
+
     def moved(self, *, buffers: bool) -> list[str]:
         """Names of frozen parameters, and of buffers, that have moved since the ranks were last one."""
         rests = self.rests() if buffers else self._frozen()
