@@ -11,7 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from trainer.errors import MismatchError
+
+Floats = npt.NDArray[np.float64]
 
 SKETCH = 256
 """Values of a gradient's sketch: a product of two gradients is then off by 1/16 of the product of their norms (standard
@@ -164,13 +169,13 @@ class Total:
     """By the names of `SUMMED`."""
     most: Mapping[str, float]
     """The largest of any rank, by the names of `MOST`."""
-    samples_by_rank: Sequence[float]
+    samples_by_rank: Floats
     """Trained since the last report, by rank; -1 where what the rank sent is not finite."""
     sketch: Sequence[float]
     """Sum of the ranks' sketches."""
 
     @classmethod
-    def of(cls, sums: Sequence[float], mosts: Sequence[float], samples_by_rank: Sequence[float]) -> Total:
+    def of(cls, sums: Sequence[float], mosts: Sequence[float], samples_by_rank: npt.ArrayLike) -> Total:
         """What the shared numbers say."""
         compared = len(COMPARED)
         high, low = mosts[len(MOST) : len(MOST) + compared], mosts[len(MOST) + compared :]
@@ -179,9 +184,10 @@ class Total:
         most["grad_change"] = most["grad_change"] if most["grad_change"] >= 0 else math.nan
         summed = dict(zip(SUMMED, sums, strict=False))
         alike = dict(zip(COMPARED, high, strict=True))
-        return cls(len(samples_by_rank), alike, differing, summed, most, samples_by_rank, sums[len(SUMMED) :])
+        samples = np.asarray(samples_by_rank, dtype=np.float64)
+        return cls(len(samples), alike, differing, summed, most, samples, sums[len(SUMMED) :])
 
-    def weights(self) -> list[float]:
+    def weights(self) -> Floats:
         """Each rank's share of the average, by the samples it trained; they sum to 1.
 
         A rank whose numbers are not finite has none, and where nobody trained all finite ones have the same.
@@ -190,14 +196,14 @@ class Total:
 
     def mean_sq_norm(self) -> float:
         """Mean squared norm of what was sent, by the same weights."""
-        trained = sum(max(samples, 0.0) for samples in self.samples_by_rank)
-        finite = sum(samples >= 0 for samples in self.samples_by_rank) or 1
+        trained = float(self.samples_by_rank.clip(0).sum())
+        finite = int((self.samples_by_rank >= 0).sum()) or 1
         return self.sums["weighted_sq_norm"] / trained if trained else self.sums["sq_norm"] / finite
 
     @property
     def left_out(self) -> list[int]:
         """Ranks whose numbers are not finite, where others' are."""
-        out = [rank for rank, samples in enumerate(self.samples_by_rank) if samples < 0]
+        out: list[int] = np.flatnonzero(self.samples_by_rank < 0).tolist()
         return out if len(out) < self.ranks else []
 
     def state(self) -> dict[str, Any]:
@@ -208,25 +214,27 @@ class Total:
             "differing": list(self.differing),
             "sums": dict(self.sums),
             "most": dict(self.most),
-            "samples_by_rank": list(self.samples_by_rank),
+            "samples_by_rank": self.samples_by_rank.tolist(),
             "sketch": list(self.sketch),
         }
 
     @classmethod
     def restored(cls, state: Mapping[str, Any]) -> Total:
         """The Total whose `state` this is; a stop that was asked for then has been."""
-        return cls(**{**state, "differing": tuple(state["differing"]), "most": {**state["most"], "stop": 0.0}})
+        most = {**state["most"], "stop": 0.0}
+        samples = np.asarray(state["samples_by_rank"], dtype=np.float64)
+        return cls(**{**state, "differing": tuple(state["differing"]), "most": most, "samples_by_rank": samples})
 
 
-def weights_of(samples: Sequence[float]) -> list[float]:
-    """Shares of an average by samples; -1 is a rank that takes no part, unless all are."""
-    usable = [count >= 0 for count in samples]
-    if not any(usable):
-        return [1 / len(samples)] * len(samples)
-    trained = sum(max(count, 0.0) for count in samples)
-    if trained:
-        return [max(count, 0.0) / trained for count in samples]
-    return [float(fits) / sum(usable) for fits in usable]
+def weights_of(samples: npt.ArrayLike) -> Floats:
+    """Shares of an average by samples, (ranks,); -1 is a rank that takes no part, unless all are."""
+    counts = np.asarray(samples, dtype=np.float64)
+    usable = counts >= 0
+    if not usable.any():
+        return np.full(len(counts), 1 / len(counts))
+    trained = counts.clip(0)
+    shares: Floats = trained / trained.sum() if trained.any() else usable / usable.sum()
+    return shares
 
 
 def refuse_difference(places: Sequence[Mapping[str, float]]) -> None:

@@ -26,6 +26,8 @@ class Round:
     """The most local steps that any rank had skipped one after another."""
     decision: Decision
     """What the policy answered."""
+    left_out: tuple[int, ...] = ()
+    """Ranks whose replicas held values that are not finite, and took the others' average."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Told:
     seen: Observation
     phase: Phase
     skipped_in_a_row: int
+    left_out: tuple[int, ...] = ()
 
 
 class Rounds:
@@ -90,7 +93,7 @@ class Rounds:
         seen = replace(seen, ran=sent.phase.plan, progress=progress, test_accuracy=self.accuracy, **known)
         self._agreed_samples = seen.samples
         self.stopping = self.stopping or total.most["stop"] > 0
-        self._told.append(Told(seen, sent.phase, int(total.most["in_a_row"])))
+        self._told.append(Told(seen, sent.phase, int(total.most["in_a_row"]), tuple(total.left_out)))
 
     def decide(self) -> list[Round]:
         """Let the controller hear what was told, between two rounds; the rounds that it heard of."""
@@ -98,7 +101,8 @@ class Rounds:
         for told in self._told:
             changed = self.controller.observe(told.seen, self.planned(0, told.seen.ranks))
             next_phase = self.controller.phase if changed else None
-            heard.append(Round(told.seen, told.phase, next_phase, told.skipped_in_a_row, self.controller.decision))
+            decision, skipped = self.controller.decision, told.skipped_in_a_row
+            heard.append(Round(told.seen, told.phase, next_phase, skipped, decision, told.left_out))
         self._told.clear()
         return heard
 
@@ -121,6 +125,11 @@ class Rounds:
         self._signals.load_state_dict(state["signals"])
         self._sent = {n: Sent(**sent | {"phase": Phase.restored(sent["phase"])}) for n, sent in state["sent"].items()}
         self._told = [
-            Told(**told | {"seen": Observation.restored(told["seen"]), "phase": Phase.restored(told["phase"])})
+            Told(
+                Observation.restored(told["seen"]),
+                Phase.restored(told["phase"]),
+                told["skipped_in_a_row"],
+                tuple(told["left_out"]),
+            )
             for told in state["told"]
         ]

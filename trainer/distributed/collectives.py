@@ -103,9 +103,7 @@ class Collectives:
                     if tensor.data_ptr() != part.data_ptr():
                         tensor.copy_(part.view(tensor.shape))
 
-    def share(
-        self, sums: Sequence[float], mosts: Sequence[float], own: float
-    ) -> tuple[list[float], list[float], list[float]]:
+    def share(self, sums: Sequence[float], mosts: Sequence[float], own: float) -> tuple[list[float], list[float], Any]:
         """The sums and the largest of all ranks' numbers, and every rank's `own`, by rank; one message.
 
         All ranks pass as many numbers. What it costs does not grow with the ranks, but for `own`.
@@ -125,7 +123,7 @@ class Collectives:
                 self.world.wait(work, operation)
         self.count_ring(total.nbytes + most.nbytes)
         self._sent_bytes += mine.nbytes * (self.size - 1)
-        return total.tolist(), most.tolist(), everyone.tolist()
+        return total.tolist(), most.tolist(), everyone.cpu().numpy()
 
     def _numbers(self, values: Sequence[float]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.float64, device=self.world.device)

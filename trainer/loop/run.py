@@ -142,6 +142,8 @@ class Run:
             },
         }
         self._records.write("round", figures)
+        if ended.left_out:
+            self._records.event("left out", ranks=list(ended.left_out), local_step=seen.local_step)
         if ended.next_phase is not None:
             self._enter(ended.next_phase)
         if ended.skipped_in_a_row >= self._config.step.max_skipped_steps:

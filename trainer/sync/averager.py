@@ -126,7 +126,9 @@ class Averager:
         """
         before, known = self._replica.flat_parameters.places(), self._outers
         self._replica.relayout()
-        self._outers = [Outer.of(self.settings, flat) for flat in self._replica.flat_parameters.adopt()]
+        flats = self._replica.flat_parameters.adopt()
+        mean_values(self._via, flats, 1 / self._via.size)  # new layers begin as one
+        self._outers = [Outer.of(self.settings, flat) for flat in flats]
         places = {key: (number, place) for key, number, place in before}
         for key, number, place in self._replica.flat_parameters.places():
             outer, (old, at) = self._outers[number], places.get(key, (0, slice(0, 0)))
@@ -223,7 +225,7 @@ class Averager:
             self._replica.flat_parameters.adopt()
             parts = self._parts(fragments)
             own = samples if all(part.is_finite for part in parts) else -1.0
-            weights = weights_of([rank["samples"] for rank in via.gather({"samples": own})])
+            weights = weights_of([rank["samples"] for rank in via.gather({"samples": own})]).tolist()
             for part in parts:
                 part.average_within(weights, via)
 
@@ -242,7 +244,8 @@ class Averager:
         with nullcontext() if delayed else self._clock.waiting("sync_wait"), torch.no_grad():
             norm = sum(part.pack(delayed=delayed) for part in parts)
             total = share(report.with_sq_norm(norm), via)
-            weights, own = total.weights(), total.weights()[via.rank]
+            weights = total.weights().tolist()
+            own = weights[via.rank]
             lr = total.sums["lr"] / via.size
             mean = sum(part.exchange(weights, lr, via, delayed=delayed, plainly=plainly) for part in parts)
             sq_norm = sum(part.agreed_sq_norm for part in parts)

@@ -79,9 +79,9 @@ class GradientNotes:
     @torch.no_grad()
     def note(self, parameters: Parameters, number: int) -> None:
         """Note this rank's own gradient in a local phase; a parameter without one counts as zeros."""
-        if all(parameter.grad is None for parameter in parameters):
+        if not parameters or all(parameter.grad is None for parameter in parameters):
             return
-        count = sum(parameter.numel() * (2 if parameter.is_complex() else 1) for parameter in parameters)
+        count = 2 * sum(parameter.numel() for parameter in parameters)  # a complex value is two
         signs = self._signs_of(count // SKETCH + len(parameters) + 1)[31 * number % TURNS :]
         sketch, norms = torch.zeros(SKETCH, dtype=torch.float32, device=signs.device), []
         for some in _gradient_pieces(parameters):
@@ -179,26 +179,38 @@ def _dense(gradient: torch.Tensor) -> torch.Tensor:
     return gradient if gradient.layout == torch.strided else gradient.to_dense()
 
 
+def _gradient_of(parameter: torch.Tensor) -> torch.Tensor:
+    """A parameter's gradient, dense and real; zeros where it has none."""
+    gradient = parameter.grad
+    if gradient is None:
+        gradient = torch.zeros_like(parameter)
+    elif gradient.layout == torch.strided and not gradient.is_complex():
+        return gradient
+    return real_view(_dense(gradient).detach())
+
+
 def _gradient_pieces(parameters: Parameters) -> Iterator[torch.Tensor]:
-    """All gradients in a row, flat and real, in pieces of whole parameters or whole sketch rows.
+    """All gradients in a row, flat, in pieces of whole parameters or whole sketch rows.
 
     A model of thousands of small tensors so takes a few operations, not a few for each.
     """
     held: list[torch.Tensor] = []
-    count, size = 0, piece_values(parameters[0].device)
+    count, size, kind = 0, piece_values(parameters[0].device), None
     for parameter in parameters:
-        gradient = torch.zeros_like(parameter) if parameter.grad is None else _dense(parameter.grad)
-        flat = real_view(gradient.detach()).reshape(-1)
-        if held and (count + len(flat) > size or held[0].dtype != flat.dtype or held[0].device != flat.device):
-            yield torch.cat(held)
+        gradient = _gradient_of(parameter)
+        values = gradient.numel()
+        if held and (count + values > size or kind != (gradient.dtype, gradient.device)):
+            yield torch._C._nn.flatten_dense_tensors(held)
             held, count = [], 0
-        if len(flat) > size:
-            yield from (flat[place] for place in pieces(len(flat), flat.device))
+        if values > size:
+            flat = gradient.reshape(-1)
+            yield from (flat[place] for place in pieces(values, flat.device))
         else:
-            held.append(flat)
-            count += len(flat)
+            kind = (gradient.dtype, gradient.device)
+            held.append(gradient)
+            count += values
     if held:
-        yield torch.cat(held)
+        yield torch._C._nn.flatten_dense_tensors(held)
 
 
 def _squared(flat: torch.Tensor) -> torch.Tensor:

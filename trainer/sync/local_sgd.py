@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.optim import Optimizer
@@ -32,6 +33,7 @@ from trainer.sync.consensus import consensus_model
 from trainer.sync.early_end import EarlyEnd
 from trainer.sync.feed import Batches, Feed, Options
 from trainer.sync.gradient_average import GradientAverage
+from trainer.sync.layout import refuse_model, refuse_optimizer
 from trainer.sync.progress import Progress
 from trainer.sync.replica import Replica
 from trainer.sync.scaled_rate import ScaledRate
@@ -91,6 +93,8 @@ class LocalSGD:
         check_scaler(settings, used=self._scaler is not None)
         if isinstance(model, SyncedModel):  # of a LocalSGD before
             model = model.module
+        refuse_model(model)
+        refuse_optimizer(model, optimizer)
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
         self.world = world or World.current(device, group)
         self.clock = clock or Clock(device)
@@ -465,7 +469,7 @@ class LocalSGD:
             )
         if "updates" in total.differing:
             self._transition.mend(self.plan)
-        if len(set(total.samples_by_rank)) > 1 and not self._feed.take_weighed():
+        if np.ptp(total.samples_by_rank) > 0 and not self._feed.take_weighed():
             warnings.warn(
                 "ranks trained different numbers of samples at period 1, where gradients are averaged with equal "
                 "weights: take batches from sync.batches(loader), or give every rank batches of one size",

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
 from trainer.distributed.collectives import Collectives
-from trainer.sync.layout import Layout, fingerprint, movable, refuse_model, refuse_optimizer
+from trainer.sync.layout import Layout, fingerprint, movable
 from trainer.wire.flat import FlatTensors, real_view
 
 Place = tuple[int, str]
@@ -24,14 +24,9 @@ class Replica:
 
     Members are the parameters that require a gradient, or required one when the ranks last agreed: they are averaged
     whether or not they have one. Everything else (frozen parameters, buffers) is averaged once it has moved.
-
-    Raises:
-        ConfigError: a model or an optimizer that cannot be averaged; the text names the parameter and the mend.
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, collectives: Collectives, *, keeps_state: bool) -> None:
-        refuse_model(model)
-        refuse_optimizer(model, optimizer)
         self.model = model
         self.optimizer = optimizer
         self.collectives = collectives

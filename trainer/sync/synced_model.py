@@ -102,6 +102,15 @@ class SyncedModel(nn.Module):
     def __getitem__(self, place: Any) -> Any:
         return self.module[place]  # type: ignore[index]  # where the model has items
 
+    def __setitem__(self, place: Any, value: Any) -> None:
+        self.module[place] = value  # type: ignore[index]  # where the model has items
+
+    def __delitem__(self, place: Any) -> None:
+        del self.module[place]  # type: ignore[attr-defined]  # where the model has items
+
+    def __contains__(self, thing: Any) -> bool:
+        return thing in self.module  # type: ignore[operator]  # where the model has items
+
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
         """A copy of the model itself, which takes no part in any averaging."""
         return copy.deepcopy(self.module, memo)

@@ -73,9 +73,6 @@ class Transition:
         """
         self._timetable.make_one()
         self._averager.relayout()
-        self._timetable.part_again()
-        self._timetable.make_one()
-        self._averager.rebase()
         if plan.averages == "gradients":
             self._unite()
         self.wrap(plan)
