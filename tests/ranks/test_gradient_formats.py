@@ -48,7 +48,7 @@ def compressed(world: World, gradient_format: Any) -> tuple[Values, list[float]]
 def test_gradients_in_fewer_bits_keep_replicas_one() -> None:
     exact, sent = run(2, compressed, "float32")[0]
     values = sum(wide * narrow for wide, narrow in itertools.pairwise(WIDTHS))
-    flags = 4 * len(WIDTHS)  # the rank's share, and which parameters have a gradient
+    flags = 8 * (5 + len(WIDTHS) - 1)  # what goes along with gradients: five numbers, and one a parameter
     assert set(sent) == {4 * values + flags}
     first, second = run(2, compressed, "bf16")
     assert torch.equal(first[0], second[0])
@@ -72,8 +72,8 @@ class Given(nn.Module):
         return (torch.cat([self.first, self.second]) * gradient).sum()
 
 
-def owing(world: World, resume_at: int | None) -> tuple[Values, Values, Values]:
-    """What powersgd applied in 30 steps, what this rank was given, and what it owes; with a new wrapper at step 15, or
+def owing(world: World, resume_at: int | None, rewraps: bool = False) -> tuple[Values, Values, Values]:
+    """What powersgd applied in 30 steps, what this rank was given, and what it owes; maybe begun afresh at step 15, or
     resumed there."""
     settings = SyncConfig(gradient_format="powersgd", observe_steps=100)
     given, saved = torch.zeros(112, 32), None
@@ -85,8 +85,8 @@ def owing(world: World, resume_at: int | None) -> tuple[Values, Values, Values]:
                 model.load_state_dict(saved["model"])
                 sync.load_state_dict(saved["sync"])
             for step in part:
-                if step == 15 and not resume_at:
-                    sync.rewrap()  # as a checkpoint does
+                if step == 15 and rewraps:
+                    sync.rewrap()
                 gradient = torch.randn(112, 32, generator=torch.Generator().manual_seed(100 * world.rank + step))
                 given += gradient
                 optimizer.zero_grad()
@@ -101,11 +101,12 @@ def owing(world: World, resume_at: int | None) -> tuple[Values, Values, Values]:
 
 
 def test_what_powersgd_owes_outlives_its_wrapper_and_is_in_a_checkpoint() -> None:
-    ranks = run(2, owing, None)
-    applied = ranks[0][0]
-    given, owed = (torch.stack([rank[at] for rank in ranks]).mean(0) for at in (1, 2))
-    assert owed.abs().max() > 0.1
-    torch.testing.assert_close(applied + owed, given, rtol=0, atol=1e-4)  # nothing is lost
+    for rewraps in (True, False):
+        ranks = run(2, owing, None, rewraps)
+        applied = ranks[0][0]
+        given, owed = (torch.stack([rank[at] for rank in ranks]).mean(0) for at in (1, 2))
+        assert owed.abs().max() > 0.1
+        torch.testing.assert_close(applied + owed, given, rtol=0, atol=1e-4)  # nothing is lost
     for resumed, rank in zip(run(2, owing, 15), ranks, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(resumed, rank, strict=True))
 

@@ -84,20 +84,21 @@ def test_layers_that_change_are_averaged_from_the_next_round_on(
     for inside, after, members in run(2, changing, change, period, WAYS[way], adam):
         assert inside < 1e-6
         assert after < 1e-6
-        assert members == trained
+        if period:  # else they are taken in where the replicas are averaged
+            assert members == trained
 
 
 def changed_on_one(world: World) -> str:
     model = two_layers()
     optimizer = torch.optim.SGD(model.parameters(), 0.01)
-    with LocalSGD(model, optimizer, Constant(8, 2)) as sync:
-        train(sync, 2)
-        if world.rank == 1:
-            model[0].requires_grad_(False)
-        try:
+    try:
+        with LocalSGD(model, optimizer, Constant(8, 2)) as sync:
+            train(sync, 2)
+            if world.rank == 1:
+                model[0].requires_grad_(False)
             train(sync, 4, start=2)
-        except MismatchError as error:
-            return str(error)
+    except MismatchError as error:
+        return str(error)
     return ""
 
 

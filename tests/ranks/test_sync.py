@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -18,6 +19,8 @@ from trainer import Alternating, Constant, LocalSGD, Plan, PostLocal, SyncConfig
 from trainer.config.config import OptimConfig, StepConfig
 from trainer.distributed.world import World
 from trainer.loop.step import LocalStep
+from trainer.plan import Decision, Memory, Observation
+from trainer.policies import Policy
 
 
 def state_of(optimizer: torch.optim.Optimizer) -> torch.Tensor:
@@ -227,20 +230,38 @@ def test_a_bad_loss_in_a_round_is_skipped_by_its_own_rank_and_told_to_all() -> N
     assert torch.equal(first[2], second[2])
 
 
-def disagree(world: World) -> None:
+@dataclass(frozen=True)
+class OfItsOwn(Policy):
+    """Plans another batch on every rank, from the second round on."""
+
+    def decide(self, seen: Observation, memory: Memory) -> Decision:
+        own = dist.get_rank() if seen.round and dist.is_initialized() else 0
+        return Decision(Plan(8 + own, 2), f"own {own}")
+
+    def plans(self) -> tuple[Plan, ...]:
+        return (Plan(8, 2),)
+
+
+def disagree(world: World, policy: Any) -> None:
     torch.manual_seed(0)
     model = nn.Linear(FEATURES, CLASSES)
-    plan = Plan(8 + world.rank, 2)
-    with LocalSGD(model, optimizer_of("sgd", model), Constant(plan), world=world) as sync:
-        for step in range(4):
+    with LocalSGD(model, optimizer_of("sgd", model), policy or Constant(Plan(8 + world.rank, 2)), world=world) as sync:
+        for step in range(8):
             trained(sync, world.rank, step)
 
 
 def test_ranks_with_different_plans_are_told_apart() -> None:
     with pytest.raises(
+        RankError, match=r"MismatchError: the policy of LocalSGD is .* on rank 0, .*=9.* on rank 1; give"
+    ):
+        run(2, disagree, None)
+
+
+def test_ranks_that_come_to_different_plans_are_told_apart() -> None:
+    with pytest.raises(
         RankError, match=r"MismatchError: ranks disagree about their batch: rank 0 .* batch 8 .*; rank 1 .* batch 9 "
     ):
-        run(2, disagree)
+        run(2, disagree, OfItsOwn())
 
 
 def scaled(world: World) -> list[float]:

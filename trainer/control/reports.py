@@ -41,7 +41,19 @@ SUMMED = (
     "mean_noise",
     "sketch_sq",
 )
-MOST = ("slowest_compute_s", "transfer_s", "memory", "stop", "in_a_row", "grad_change", "grad_apart", "changed")
+MOST = (
+    "slowest_compute_s",
+    "transfer_s",
+    "memory",
+    "stop",
+    "in_a_row",
+    "grad_change",
+    "grad_apart",
+    "changed",
+    "sample",
+    "sample_below",
+    "sample_norm",
+)
 ALIKE = ("round", "step", "batch", "period", "lr_scale", "plan")
 """What every rank must believe alike."""
 COMPARED = (*ALIKE, "rates", "updates", "state_layout", "moved_layout")
@@ -116,6 +128,10 @@ class Report:
     """Relative change of the gradient's norm from step to step, smoothed."""
     grad_apart: bool = False
     """The noted gradient is of a replica that was not one with the others."""
+    sample: float = 0.0
+    """Signed sum of some of the parameters, where replicas must be one."""
+    sample_norm: float = 0.0
+    """Norm of the same parameters."""
     sketch: Sequence[float] | None = None
     """Sketch of this rank's gradient; None where none is asked for."""
 
@@ -140,7 +156,7 @@ class Report:
 
     def mosts(self) -> list[float]:
         """What the largest is taken of; of what is compared also the negative, so that the smallest is known too."""
-        known = {"slowest_compute_s": self.compute_s}
+        known = {"slowest_compute_s": self.compute_s, "sample_below": -self.sample}
         if self.grad_change != self.grad_change:
             known["grad_change"] = -1.0  # no change is below 0
         most = [float(known.get(name, getattr(self, name, 0.0))) for name in MOST]
@@ -199,6 +215,12 @@ class Total:
         trained = float(self.samples_by_rank.clip(0).sum())
         finite = int((self.samples_by_rank >= 0).sum()) or 1
         return self.sums["weighted_sq_norm"] / trained if trained else self.sums["sq_norm"] / finite
+
+    @property
+    def are_apart(self) -> bool:
+        """Parameters that should be one are not: their samples differ by more than rounding."""
+        between, norm = self.most["sample"] + self.most["sample_below"], self.most["sample_norm"]
+        return not between <= 1e-5 * norm
 
     @property
     def left_out(self) -> list[int]:

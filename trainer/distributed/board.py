@@ -6,6 +6,7 @@ import itertools
 import json
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,7 @@ class Board:
     prefix: str = ""
     step: int = 0
     """The local step that this rank is at: a peer that ended its loop before it will not come any more."""
+    _word: tuple[str, int | None] | None = None
 
     @classmethod
     def open(cls, rank: int, size: int, group: Any = None) -> Board:
@@ -41,10 +43,29 @@ class Board:
             reason: goes on after "rank 3", in one line.
             after_step: the last local step that this rank takes part in; None: it takes part in nothing any more.
         """
+        self._word = reason, after_step
+        self._write()
+
+    @contextmanager
+    def saying(self, reason: str, after_step: int) -> Iterator[None]:
+        """Say so for the block's time: a peer that is past that step would wait for this rank in vain."""
+        if self._word is not None:  # what was said first tells more
+            yield
+            return
+        self._word = word = reason, after_step
+        self._write()
+        try:
+            yield
+        finally:
+            if self._word is word:  # else this rank leaves, and has said why
+                self._word = None
+                self._write()
+
+    def _write(self) -> None:
         if self.store is None:
             return
         try:
-            self.store.set(self._key(self.rank), json.dumps([reason, after_step]))
+            self.store.set(self._key(self.rank), json.dumps(self._word))
             self.store.set(f"{self.prefix}/any", "1")
         except Exception:  # the host of the store may have gone first; leaving must not fail
             return
@@ -62,9 +83,9 @@ class Board:
                 return
             for rank in range(self.size):
                 if rank != self.rank and self.store.check([self._key(rank)]):
-                    reason, after_step = json.loads(self.store.get(self._key(rank)))
-                    if after_step is None or after_step < self.step:
-                        yield rank, reason
+                    word = json.loads(self.store.get(self._key(rank)))
+                    if word is not None and (word[1] is None or word[1] < self.step):
+                        yield rank, word[0]
         except Exception:  # no store, no word
             return
 

@@ -41,6 +41,7 @@ class Collectives:
         """The ranks of this rank's node, where averages have two levels."""
         self.between: Collectives | None = None
         """The ranks of this rank's place on every node."""
+        self._for_gradients: Collectives | None = None
         self._sent_bytes = 0.0
 
     def add_levels(self, within: dist.ProcessGroup, between: dist.ProcessGroup) -> None:
@@ -49,10 +50,21 @@ class Collectives:
             Collectives(self.world, self.clock, self.bucket_bytes, group) for group in (within, between)
         )
 
+    def for_gradients(self) -> Collectives:
+        """The same ranks in a group of its own; every rank calls it.
+
+        A rank that ends its loop early then never meets another's gradients with a message of another size: both wait,
+        and what it says on the board ends that.
+        """
+        if self.size > 1 and self._for_gradients is None:
+            self._for_gradients = Collectives(self.world, self.clock, self.bucket_bytes, self.world.new_group())
+        return self._for_gradients or self
+
     @property
     def sent_bytes(self) -> float:
         """Bytes that this rank has sent, in all levels."""
-        return self._sent_bytes + sum(level.sent_bytes for level in (self.within, self.between) if level is not None)
+        others = (self.within, self.between, self._for_gradients)
+        return self._sent_bytes + sum(other.sent_bytes for other in others if other is not None)
 
     @sent_bytes.setter
     def sent_bytes(self, total: float) -> None:

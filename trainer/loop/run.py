@@ -229,7 +229,6 @@ class Run:
             }
             self._checkpoints.save(sync.local_step, sync.replica.model, sync.optimizer, rest)
             LOG.debug("rank %d: saved at step %d", sync.world.rank, sync.local_step)
-            sync.rewrap()
 
     def _wall_s(self) -> float:
         """Seconds since the run began, without those between a stop and a resume."""

@@ -137,6 +137,11 @@ class Averager:
                 outer.at(place).take(other.at(at))
         self._divide()
 
+    def retake(self) -> None:
+        """Take the replica's members, which a checkpoint has changed."""
+        self._outers = [Outer.of(self.settings, flat) for flat in self._replica.flat_parameters.adopt()]
+        self._divide()
+
     def use(self, settings: SyncConfig) -> None:
         """Average as these settings say from now on: every rank calls it, with replicas that are one."""
         self.settings = settings

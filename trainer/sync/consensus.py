@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from trainer.config.sync import BatchNormPolicy
+from trainer.sync.layout import movable
 from trainer.sync.replica import Replica
 from trainer.sync.timetable import Timetable
 
@@ -34,7 +35,7 @@ def consensus_model(
     with torch.inference_mode(mode=False), torch.no_grad():
         flats = replica.flat_parameters.adopt() if apart else []
         own = _copies([*flats, *(tensor.data for tensor in replica.frozen() if apart)])
-        buffers = _copies([buffer for buffer in model.buffers() if buffer.numel()])
+        buffers = _copies([buffer for buffer in model.buffers() if movable(buffer)])
     whole = False
     try:
         with torch.inference_mode(mode=False):

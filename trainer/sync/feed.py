@@ -6,6 +6,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from types import NoneType
 from typing import Any, get_args
 
 from trainer.control.rounds import Rounds
@@ -41,6 +42,10 @@ class Options:
     shard: bool = True
 
     def __post_init__(self) -> None:
+        for name, kinds in (("samples", (int, NoneType)), ("seed", int), ("workers", int), ("shard", bool)):
+            value = getattr(self, name)
+            fits = isinstance(value, kinds) and (name == "shard" or not isinstance(value, bool))
+            require(name, value, fits, "must be true or false" if name == "shard" else "must be a whole number")
         require("uneven", self.uneven, self.uneven in get_args(Uneven), f"choose one of {', '.join(get_args(Uneven))}")
         require("workers", self.workers, self.workers >= 0, "must be at least 0")
         require("seed", self.seed, self.seed >= 0, "must be at least 0")
@@ -266,8 +271,11 @@ class Feed:
         except (ConfigError, DataError) as error:
             problem = error
             facts |= {"left": 0, "ended": True}
+        facts |= {"seed": options.seed % 2**53}
         facts |= {"shard": options.shard, "uneven": options.uneven == "stop", "samples": options.samples or 0}
-        told = self.via.gather({**facts, "failed": problem is not None, "trained": self.progress.samples})
+        step = self.progress.local_step
+        with self.via.world.board.saying(f"begins another pass over its data after local step {step}", step):
+            told = self.via.gather({**facts, "failed": problem is not None, "trained": self.progress.samples})
         self.together(told, problem)
         assert supply is not None
         assert cursor is not None
@@ -348,7 +356,7 @@ class Feed:
             MismatchError: they do not.
             ConfigError: their data does not go together.
         """
-        for name in ("kind", "shard", "uneven", "samples", "number"):
+        for name in ("kind", "shard", "uneven", "samples", "number", *(("seed",) if options.shard else ())):
             values = [int(rank[name]) for rank in told]
             if len(set(values)) > 1:
                 said = [KINDS[value] if name == "kind" else str(value) for value in values]

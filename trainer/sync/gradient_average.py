@@ -6,8 +6,11 @@ a method of it, in several passes, or not at all on this rank. A parameter that 
 
 from __future__ import annotations
 
+import copy
+import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,13 +22,18 @@ from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDSt
 
 from trainer.config.sync import GradientFormat
 from trainer.distributed.collectives import Collectives
+from trainer.errors import MismatchError
 from trainer.sync.gradient_notes import GradientNotes
+from trainer.sync.replica import Replica
 from trainer.wire.flat import real_view
 
 POWERSGD_RANK = 2
 POWERSGD_FROM_STEP = 10  # early gradients compress badly
 FIRST_BUCKET_BYTES, BUCKET_BYTES = 2**20, 25 * 2**20  # DistributedDataParallel's own defaults
 OPERATION = "averaging gradients"
+HEAD = ("share", "changed", "new", "at", "at_squared")
+"""What ranks sum beside their gradients: a rank's share of N equal ones, whether its layers have changed, a fingerprint
+of those that are new, and the backward pass that it is at, also squared, so that any difference shows."""
 
 
 @dataclass(eq=False)
@@ -47,6 +55,20 @@ class Bucket:
     """Numbers of the parameters that have none."""
     work: Any = None
     own: torch.Tensor | None = None
+    held: list[int] = field(default_factory=list)
+    """References to the views and their memory as they were handed out: more say that the loop has kept a gradient."""
+
+    def references(self) -> list[int]:
+        """How often each view is referred to, and their memory."""
+        storage = self.flat.untyped_storage()
+        return [*map(sys.getrefcount, self.views), torch._C._storage_Use_Count(storage._cdata)]
+
+    def renew(self) -> None:
+        """Where the loop has kept a gradient, leave it to it, and take other memory."""
+        if self.held and any(now > then for now, then in zip(self.references(), self.held, strict=True)):
+            fresh = _bucket(self.number, self.last, self.parameters)
+            self.flat, self.views, self.parts = fresh.flat, fresh.views, fresh.parts
+        self.held = []
 
     def buffer(self) -> torch.Tensor:
         return self.flat
@@ -76,21 +98,22 @@ class Bucket:
         if into:
             torch._foreach_copy_(into, taken)
 
-    def hand_out(self, used: Sequence[bool]) -> None:
+    def hand_out(self, used: Sequence[bool], sparse: Container[int]) -> None:
         """Give every parameter its mean gradient; one that no rank has a gradient for has none here."""
         for number, (parameter, view) in enumerate(zip(self.parameters, self.views, strict=True)):
             before = parameter.grad
             if before is not None and before.layout != torch.strided:
                 parameter.grad = view.to_sparse(before.sparse_dim())
             elif before is not view and used[number]:
-                parameter.grad = view
+                parameter.grad = view.to_sparse(1) if id(parameter) in sparse else view
 
 
 class GradientAverage:
     """Averages the gradients of a fixed list of parameters over ranks, put on and taken off."""
 
-    def __init__(self, gradient_format: GradientFormat) -> None:
+    def __init__(self, gradient_format: GradientFormat, replica: Replica) -> None:
         self.gradient_format = gradient_format
+        self._replica = replica
         self._notes: GradientNotes | None = None
         self._via: Collectives | None = None
         self._powersgd: PowerSGDState | None = None
@@ -100,13 +123,16 @@ class GradientAverage:
         self._owed: dict[int, torch.Tensor] = {}
         """What compression lost of gradients (flat, by the parameter's place) and nothing has made good yet."""
         self._compressed: set[int] = set()
+        self._restored: dict[str, Any] | None = None
         self._flags = torch.empty(0)
-        """What is summed of a step where all have gradients: this rank's share of N equal ones, and a 1 a parameter."""
+        """What is summed where nothing is odd: `HEAD`, and a 1 a parameter."""
+        self._step = self._pass = 0
         self._quiet = False
-        self._open = False
+        self._open = self._outermost = False
         self._next = 0
         self._averaged = False
         """Gradients were averaged since the last step's end."""
+        self._new: list[torch.Tensor] = []
         self._share: float | None = None
         self.weight: float | None = None
         """Weight of this rank's gradient in the latest mean; None: one of N."""
@@ -140,7 +166,8 @@ class GradientAverage:
             return
         self._via, self._notes = via, notes
         self._buckets = _buckets(parameters)
-        self._flags = torch.ones(1 + len(parameters), dtype=torch.float32, device=self._buckets[0].flat.device)
+        self._flags = torch.ones(len(HEAD) + len(parameters), dtype=torch.float64, device=self._buckets[0].flat.device)
+        self._step = self._pass = 0
         self._places = {id(parameter): place for place, parameter in enumerate(parameters)}
         for bucket in self._buckets:
             for number, parameter in enumerate(bucket.parameters):
@@ -154,6 +181,25 @@ class GradientAverage:
                 start_powerSGD_iter=POWERSGD_FROM_STEP,
                 orthogonalization_epsilon=1e-8,
             )
+            self._go_on(self._powersgd)
+
+    def _go_on(self, powersgd: PowerSGDState) -> None:
+        """Give a compressor what a checkpoint holds of the one before it."""
+        kept, self._restored = self._restored, None
+        if kept is None:
+            return
+        device = self._buckets[0].flat.device
+        for name, value in kept.items():
+            if name == "rng":
+                powersgd.rng.set_state(value)
+            elif isinstance(value, dict):
+                setattr(powersgd, name, {number: tensor.to(device) for number, tensor in value.items()})
+            else:
+                setattr(powersgd, name, value)
+        self._compressed = set(powersgd.error_dict)
+        for number in self._compressed:  # it owes itself what they lost
+            for parameter in self._buckets[number].parameters:
+                self._owed.pop(self._places[id(parameter)], None)
 
     def take_off(self) -> None:
         """End averaging; gradients keep what they are."""
@@ -161,7 +207,7 @@ class GradientAverage:
             hook.remove()
         self._hooks, self._buckets, self._compressed = [], [], set()
         self._powersgd = self._via = self._notes = None
-        self._open = self._averaged = False
+        self._open = self._averaged = self._outermost = False
 
     def forget(self) -> None:
         """Drop what compression owes: a step was skipped, whose gradients were not finite on some rank."""
@@ -184,19 +230,26 @@ class GradientAverage:
 
     # ---- a backward pass
 
-    def begin(self) -> None:
-        """A backward pass has begun; at its end, whatever it reached, the gradients are averaged.
+    def outermost_begins(self) -> None:
+        """A backward pass through the model's outputs has begun: gradients are averaged at its end, if any come.
 
-        Called by the first gradient that comes, or before it by whoever sees the outermost pass begin.
+        Inside re-entrant checkpoints others begin and end; they must not end the averaging.
         """
-        if self._open or self._quiet or not self.on:
-            return
-        self._start()
-        Variable._execution_engine.queue_callback(self._end)
+        if self.on and not self._quiet and not self._outermost:
+            self._outermost = True
+            Variable._execution_engine.queue_callback(self._end)
+
+    def _begin(self) -> None:
+        """The first gradient of a backward pass has come."""
+        if not self._open:
+            self._start()
+            if not self._outermost:
+                Variable._execution_engine.queue_callback(self._end)
 
     def _start(self) -> None:
         self._open, self._next = True, 0
         for bucket in self._buckets:
+            bucket.renew()
             bucket.waiting = set(range(len(bucket.parameters)))
             bucket.work = bucket.own = None
 
@@ -205,7 +258,7 @@ class GradientAverage:
         if self._quiet:
             return
         with self._lock:
-            self.begin()
+            self._begin()
             if number not in bucket.waiting and bucket.number < self._next:
                 shape = tuple(parameter.shape)
                 raise RuntimeError(
@@ -264,6 +317,7 @@ class GradientAverage:
     def _end(self) -> None:
         """The backward pass is over: send what is left, wait for all, and hand the means out."""
         with self._lock:
+            self._outermost = False
             if not self._open:
                 return
             while self._next < len(self._buckets):
@@ -278,11 +332,14 @@ class GradientAverage:
             self._finish(*used)
 
     def _used(self) -> tuple[torch.Tensor, Any]:
-        """Begin to sum, over the ranks, the shares, and how many have a gradient for each parameter."""
+        """Begin to sum `HEAD` over the ranks, and how many have a gradient for each parameter."""
         total = self._flags.clone()
-        if self._share is not None:
-            total[0] = self._share * self.collectives.size
-        start = 1
+        at = float(16 * self._step + self._pass)
+        self._new = self._replica.new_parameters()
+        share = 1.0 if self._share is None else self._share * self.collectives.size
+        head = share, float(self._replica.changed()), float(_fingerprint(self._new)), at, at * at
+        total[: len(HEAD)] = torch.tensor(head, dtype=torch.float64)
+        start = len(HEAD)
         for bucket in self._buckets:
             if bucket.without:
                 total[[start + number for number in bucket.without]] = 0.0
@@ -291,24 +348,69 @@ class GradientAverage:
 
     def _finish(self, total: torch.Tensor, work: Any) -> None:
         via = self.collectives
-        self.collectives.wait(work, OPERATION)
+        via.wait(work, OPERATION)
         on_host = total.device.type == "cpu"
-        if not on_host or float(total[0]) not in (0.0, float(via.size)):  # reading it would make a GPU wait
+        if on_host:  # reading it would make a GPU wait
+            self._compare(total)
+        if not on_host or float(total[0]) not in (0.0, float(via.size)):
             scale = via.size / total[0].clamp_min(torch.finfo(torch.float32).tiny)
             for bucket in self._buckets:
                 bucket.flat.mul_(scale.to(bucket.flat.dtype))
         self.weight = None if self._share is None or not on_host else self._share * via.size / (float(total[0]) or 1.0)
+        self._hand_out(total)
+        self._average_new(total)
+        self._open, self._averaged = False, True
+        self._pass += 1
+        if via.clock is not None:
+            via.clock.overlap_ends()
+
+    def _compare(self, total: torch.Tensor) -> None:
+        """Make sure that all ranks are at one backward pass of one step.
+
+        Raises:
+            MismatchError: names every rank's place.
+        """
+        at, size = float(16 * self._step + self._pass), self.collectives.size
+        if total[3:5].tolist() == [size * at, size * at * at]:
+            return
+        self._open = False
+        places = self.collectives.gather({"step": self._step, "pass": self._pass})
+        sides = "; ".join(
+            f"rank {rank} is at pass {place['pass'] + 1:.0f} of step {place['step'] + 1:.0f} of this phase"
+            for rank, place in enumerate(places)
+        )
+        raise MismatchError(
+            f"ranks averaged gradients unequally often: {sides}; run as many backward passes a step on every rank, or "
+            "put all but the last inside sync.no_sync()"
+        )
+
+    def _hand_out(self, total: torch.Tensor) -> None:
         missing = any(bucket.without for bucket in self._buckets)
-        counts = (total[1:] > 0).tolist() if missing else [True] * (len(total) - 1)
-        start = 0
+        count = len(total) - len(HEAD)
+        used = (total[len(HEAD) :] > 0).tolist() if missing else [True] * count
+        sparse, start = self._replica.sparse, 0
         for bucket in self._buckets:
             if bucket.own is not None and self._notes is not None:
                 self._notes.averaged(bucket.own, bucket.flat)
-            bucket.hand_out(counts[start : start + len(bucket.parameters)])
+            bucket.hand_out(used[start : start + len(bucket.parameters)], sparse)
+            bucket.held = bucket.references()
             start += len(bucket.parameters)
-        self._open, self._averaged = False, True
-        if via.clock is not None:
-            via.clock.overlap_ends()
+
+    def _average_new(self, total: torch.Tensor) -> None:
+        """Average the gradients of parameters that came into the model since, where all ranks have the same ones."""
+        if not self._new:
+            return
+        size = self.collectives.size
+        _, changed, new = total[:3].tolist()
+        if changed != size or new != size * _fingerprint(self._new):
+            return  # they are averaged once the ranks have agreed on them
+        for parameter in self._new:
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.to_dense()
+            self._weigh(gradient)
+            parameter.grad = gradient
+        self.collectives.mean_(
+            [real_view(parameter.grad) for parameter in self._new if parameter.grad is not None], 1 / size
+        )
 
     def join(self) -> bool:
         """Before an update: where no backward pass of this step averaged gradients, take part with what is there.
@@ -325,13 +427,16 @@ class GradientAverage:
 
     def recover(self) -> None:
         """Outside a backward pass: end what one began that was broken off by an error, since the others wait for it."""
-        if self._open and torch._C._current_graph_task_id() == -1:
-            self._end()
+        if torch._C._current_graph_task_id() == -1:
+            self._outermost = False
+            if self._open:
+                self._end()
 
     def end_step(self) -> None:
         """A local step is over."""
         self.recover()
         self._averaged, self._share = False, None
+        self._step, self._pass = self._step + 1, 0
 
     # ---- what compression owes
 
@@ -358,13 +463,23 @@ class GradientAverage:
         return owed
 
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint."""
-        return {"owed": self._all_owed()}
+        """For a checkpoint, between two steps."""
+        kept = None
+        if self._powersgd is not None:
+            names = set(PowerSGDState.__slots__) - {"rng", "process_group"}
+            kept = {name: getattr(self._powersgd, name) for name in sorted(names)}
+            kept["rng"] = self._powersgd.rng.get_state()
+        return {"owed": self._all_owed(), "powersgd": copy.deepcopy(kept)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint; it is put on afresh after this."""
         self.take_off()
-        self._owed = dict(state["owed"])
+        self._owed, self._restored = dict(state["owed"]), state["powersgd"]
+
+
+def _fingerprint(parameters: Sequence[torch.Tensor]) -> int:
+    """Of their shapes and types; a whole number that a sum over many ranks keeps exactly."""
+    return zlib.crc32(repr([(tuple(each.shape), str(each.dtype)) for each in parameters]).encode()) % 2**24
 
 
 def _offsets(bucket: Bucket) -> list[slice]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -17,38 +17,54 @@ from torch.optim import Optimizer
 
 from trainer.distributed.collectives import Collectives
 from trainer.errors import ConfigError, MismatchError
-from trainer.wire.flat import real_view
+from trainer.wire.flat import pieces, real_view
 
-Described = tuple[str, tuple[int, ...], tuple[int, ...], str, bool, bool]
-FACTS = ("name", "shape", "strides", "type", "requires_grad", "in the optimizer")
+Described = tuple[str, tuple[int, ...], tuple[int, ...], str, bool, int | None]
+FACTS = ("name", "shape", "strides", "type", "requires_grad", "place in the optimizer")
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Names, shapes, strides, types, `requires_grad` and the optimizer's membership of a model's parameters."""
+    """What ranks must have alike of a model and its optimizer, besides values.
+
+    Of every parameter its name, shape, strides, type, `requires_grad` and place in the optimizer; of every buffer that
+    is saved its name, shape and type; and the optimizer's class.
+    """
 
     parameters: tuple[Described, ...]
-    identities: tuple[tuple[int, bool], ...]
+    buffers: tuple[tuple[str, tuple[int, ...], str], ...]
+    optimizer: str
+    seen: tuple[tuple[Mapping[str, Any], tuple[tuple[int, bool], ...]], ...] = field(compare=False)
+    """Every module's own parameters, as its table and as they were."""
+    inside: tuple[tuple[Mapping[str, Any], tuple[int, ...]], ...] = field(compare=False)
+    """Every module's own modules, likewise."""
 
     @classmethod
-    def of(cls, model: nn.Module, optimizer: Optimizer) -> Layout:
-        """As the model is now."""
-        stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        described, identities = [], []
+    def of(cls, model: nn.Module, optimizer: Optimizer, trained: Container[str] | None = None) -> Layout:
+        """As the model is now; where names are given, as if these parameters and no others required a gradient."""
+        stepped = (parameter for group in optimizer.param_groups for parameter in group["params"])
+        places = {id(parameter): place for place, parameter in enumerate(stepped)}
+        described = []
         for name, p in model.named_parameters():
             strides = tuple(torch.empty_like(p, device="meta").stride())
-            described.append((name, tuple(p.shape), strides, str(p.dtype), p.requires_grad, id(p) in stepped))
-            identities.append((id(p), p.requires_grad))
-        return cls(tuple(described), tuple(identities))
+            needs = p.requires_grad if trained is None else name in trained
+            described.append((name, tuple(p.shape), strides, str(p.dtype), needs, places.get(id(p))))
+        modules = list(model.modules())
+        flags = {id(p): row[4] for p, row in zip(model.parameters(), described, strict=True)}
+        seen = tuple((module._parameters, _identities(module._parameters, flags)) for module in modules)
+        inside = tuple((module._modules, tuple(map(id, module._modules.values()))) for module in modules)
+        return cls(tuple(described), tuple(_saved_buffers(model)), type(optimizer).__name__, seen, inside)
 
-    def differs(self, model: nn.Module) -> bool:
+    def differs(self) -> bool:
         """Whether the model has other parameters by now, or others that require a gradient; quickly told."""
-        return tuple((id(p), p.requires_grad) for p in model.parameters()) != self.identities
+        return any(_identities(table) != before for table, before in self.seen) or any(
+            tuple(map(id, table.values())) != before for table, before in self.inside
+        )
 
     @cached_property
     def digest(self) -> int:
-        """Fingerprint of all but identities, which are each process's own."""
-        return zlib.crc32(repr(self.parameters).encode())
+        """Fingerprint of all that is compared."""
+        return zlib.crc32(repr((self.parameters, self.buffers, self.optimizer)).encode())
 
     @staticmethod
     def compare(mine: Layout, via: Collectives) -> None:
@@ -58,8 +74,15 @@ class Layout:
             MismatchError: names the first parameter that differs, and its ranks.
         """
         digests = {rank["digest"] for rank in via.gather({"digest": mine.digest})}
-        if len(digests) > 1:
-            raise MismatchError(_first_difference(via.gather_objects(mine.parameters)))
+        if len(digests) == 1:
+            return
+        optimizers = via.gather_objects(mine.optimizer)
+        if len(set(optimizers)) > 1:
+            raise MismatchError(f"optimizers differ: {_sides(optimizers)}; build one optimizer on all ranks")
+        said = _first_difference(via.gather_objects(mine.parameters))
+        if not said:
+            said = _first_buffer(via.gather_objects(mine.buffers))
+        raise MismatchError(said)
 
 
 def _first_difference(everyone: Sequence[Sequence[Described]]) -> str:
@@ -73,15 +96,43 @@ def _first_difference(everyone: Sequence[Sequence[Described]]) -> str:
             name = next(row[0] for row in rows if row is not None)
             return f"models differ: parameter {name!r} is missing on rank {_list(missing)}; build one on all ranks"
         for place, fact in enumerate(FACTS):
-            values: dict[Any, list[int]] = {}
-            for rank, row in enumerate(rows):
-                values.setdefault(row[place] if row else None, []).append(rank)
-            if len(values) > 1:
-                sides = " but ".join(f"{value} on rank {_list(ranks)}" for value, ranks in values.items())
+            values = [row[place] if row else None for row in rows]
+            if len(set(values)) > 1:
+                sides = _sides(values)
                 named = fact != "name" and rows[0] is not None
                 what = f"parameter {rows[0][0]!r}: {fact}" if named and rows[0] else f"parameter {number}: name"
                 return f"models differ: {what} is {sides}; build one model and one optimizer on all ranks"
-    return "models differ; build one model on all ranks"
+    return ""
+
+
+def _first_buffer(everyone: Sequence[Sequence[tuple[Any, ...]]]) -> str:
+    """The first saved buffer in which ranks differ, in one line."""
+    tables = [{name: (shape, kind) for name, shape, kind in theirs} for theirs in everyone]
+    names = dict.fromkeys(name for table in tables for name in table)
+    name = next(name for name in names if len({table.get(name) for table in tables}) > 1)
+    sides = _sides(["missing" if name not in table else " ".join(map(str, table[name])) for table in tables])
+    return f"models differ: buffer {name!r} is {sides}; build one model on all ranks"
+
+
+def _sides(values: Sequence[Any]) -> str:
+    """Which ranks have which value."""
+    by_value: dict[Any, list[int]] = {}
+    for rank, value in enumerate(values):
+        by_value.setdefault(value, []).append(rank)
+    return " but ".join(f"{value} on rank {_list(ranks)}" for value, ranks in by_value.items())
+
+
+def _identities(table: Mapping[str, Any], flags: Mapping[int, bool] | None = None) -> tuple[tuple[int, bool], ...]:
+    """A module's own parameters, and whether each requires a gradient, now or by these flags."""
+    own = (p for p in table.values() if p is not None)
+    return tuple((id(p), p.requires_grad if flags is None else flags[id(p)]) for p in own)
+
+
+def _saved_buffers(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...], str]]:
+    for prefix, module in model.named_modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                yield f"{prefix}.{name}".lstrip("."), tuple(buffer.shape), str(buffer.dtype)
 
 
 def _list(ranks: Sequence[int]) -> str:
@@ -107,8 +158,30 @@ def refuse_model(model: nn.Module) -> None:
             raise ConfigError(f"model is sharded ({type(module).__name__}): not supported yet; pass an unsharded model")
     for name, parameter in model.named_parameters():
         _refuse_parameter(name, parameter)
+    _refuse_aliases(model)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError("model has no parameter that requires a gradient: set requires_grad before LocalSGD")
+
+
+def _refuse_aliases(model: nn.Module) -> None:
+    """Refuse a buffer or frozen parameter that lies in a trained parameter's memory, which is to move.
+
+    Raises:
+        ConfigError: names both.
+    """
+    trained = {p.untyped_storage().data_ptr(): name for name, p in model.named_parameters() if _moves(p)}
+    frozen = ((name, p) for name, p in model.named_parameters() if not p.requires_grad and p.layout == torch.strided)
+    for name, tensor in (*frozen, *model.named_buffers()):
+        if tensor.layout == torch.strided and not tensor.is_meta and tensor.numel():
+            other = trained.get(tensor.untyped_storage().data_ptr())
+            if other is not None:
+                raise ConfigError(
+                    f"{name!r} shares memory with the trained parameter {other!r}: register a copy, or the Parameter"
+                )
+
+
+def _moves(parameter: torch.Tensor) -> bool:
+    return parameter.requires_grad and parameter.numel() > 0 and not isinstance(parameter, UninitializedParameter)
 
 
 def _refuse_parameter(name: str, parameter: torch.Tensor) -> None:
@@ -154,28 +227,30 @@ def refuse_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
         )
 
 
-def movable(buffer: torch.Tensor) -> bool:
-    """Whether a buffer can differ between ranks in a way that could be seen and mended."""
-    return buffer.layout == torch.strided and not buffer.is_meta and buffer.numel() > 0
+def movable(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has values of its own that can be written: no expanded, conjugate, empty or meta tensor."""
+    plain = tensor.layout == torch.strided and not tensor.is_meta and tensor.numel() > 0
+    return plain and not tensor.is_conj() and not tensor.is_neg() and torch._debug_has_internal_overlap(tensor) != 1
 
 
 def fingerprint(tensor: torch.Tensor) -> int:
-    """A number that changes when the tensor's bits do, or its shape or type.
-
-    Two sums over the bits, the second weighted by place in blocks, so that values that swap places are noticed.
-    """
+    """A number that changes when the tensor's bits do, or their order, or its shape or type."""
     flat = real_view(tensor.detach()).contiguous().view(-1)
-    bits = flat.view(_WHOLE[flat.element_size()]) if flat.element_size() in _WHOLE else flat.view(torch.uint8)
-    total = int(bits.sum(dtype=torch.int64))
-    return zlib.crc32(repr((total, *_block_sums(bits), tuple(tensor.shape), str(tensor.dtype))).encode())
+    bits = flat.view(_WHOLE.get(flat.element_size(), torch.uint8))
+    whole: Any = bits.numpy() if bits.device.type == "cpu" else None
+    total = _weighted_sum(bits) if whole is None else zlib.crc32(whole)
+    return zlib.crc32(repr((total, tuple(tensor.shape), str(tensor.dtype))).encode())
 
 
 _WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_SUMS = 8
+_ODD = 0x9E3779B97F4A7C15 - 2**64
+"""An odd number that a place is multiplied by, so that each place counts differently."""
 
 
-def _block_sums(bits: torch.Tensor) -> Iterator[int]:
-    """Sums of every eighth value, from each of the first eight on."""
-    if len(bits) >= _SUMS:
-        whole = bits[: len(bits) // _SUMS * _SUMS].view(-1, _SUMS)
-        yield from whole.sum(dim=0, dtype=torch.int64).tolist()
+def _weighted_sum(bits: torch.Tensor) -> int:
+    """On a device, where reading all values back would take long: whole numbers, each times its place's number."""
+    total = torch.zeros((), dtype=torch.int64, device=bits.device)
+    for place in pieces(len(bits), bits.device):
+        numbers = torch.arange(place.start, place.stop, dtype=torch.int64, device=bits.device).mul_(_ODD).bitwise_or_(1)
+        total += (bits[place].to(torch.int64) * numbers).sum()
+    return int(total)

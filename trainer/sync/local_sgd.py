@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
 from typing import Any
@@ -25,6 +27,7 @@ from trainer.distributed.collectives import Collectives
 from trainer.distributed.launcher import node_name
 from trainer.distributed.world import World
 from trainer.errors import ConfigError, MismatchError
+from trainer.log import LOG
 from trainer.plan import Plan
 from trainer.policies import Policy
 from trainer.policies.base import policy_of
@@ -34,7 +37,7 @@ from trainer.sync.early_end import EarlyEnd
 from trainer.sync.feed import Batches, Feed, Options
 from trainer.sync.gradient_average import GradientAverage
 from trainer.sync.layout import refuse_model, refuse_optimizer
-from trainer.sync.progress import Progress
+from trainer.sync.progress import Progress, optimizer_settings
 from trainer.sync.replica import Replica
 from trainer.sync.scaled_rate import ScaledRate
 from trainer.sync.synced_model import SyncedModel
@@ -87,6 +90,7 @@ class LocalSGD:
         clock: Clock | None = None,
         scaler: torch.amp.GradScaler | None = None,
     ) -> None:
+        _check_kinds(model, optimizer, world, scaler)
         policy, settings = policy_of(policy), sync_config_of(settings)
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
         check_plans(settings, policy.plans())
@@ -107,7 +111,7 @@ class LocalSGD:
         self.replica = Replica(model, optimizer, self.collectives, keeps_state=settings.state != "average")
         averages_gradients = [plan for plan in policy.plans() if plan.averages == "gradients"]
         _check_optimizer(optimizer, averages_gradients=bool(averages_gradients) and self.world.size > 1)
-        self._gradients = GradientAverage(settings.gradient_format)
+        self._gradients = GradientAverage(settings.gradient_format, self.replica)
         splits = bool(averages_gradients or settings.node_period_steps == 1) and self.world.size > 1
         self.model: nn.Module = SyncedModel(model, self._gradients, splits_graphs=splits)
         """The model to call: one object for the whole run, in all phases."""
@@ -124,7 +128,10 @@ class LocalSGD:
         self._transition = Transition(*averaging, self._progress.notes, self.settings, self._scaler)
         gathered = self._told, self._progress, self.collectives, self.clock
         self._feed = Feed(*gathered, self._gradients, self.settings.observe_steps)
-        self._rate = ScaledRate(self.optimizer, self._before_update)
+        # a local step without data of its own changes nothing
+        self._rate = ScaledRate(
+            self.optimizer, self._before_update, lambda: self._inside and self._feed.idle and not self._gradients.on
+        )
 
     def _levelled(self, world: World) -> World:
         """The world with its nodes, where averages have two levels."""
@@ -141,6 +148,7 @@ class LocalSGD:
             raise RuntimeError("LocalSGD is entered already: leave its `with` block before the next one begins")
         self._inside = True
         try:
+            self._compare_settings()
             self._rate.open()
             self.replica.make_one()
             self._averager.open()
@@ -153,14 +161,31 @@ class LocalSGD:
         self.clock.start()
         return self
 
+    def _compare_settings(self) -> None:
+        """Make sure that all ranks begin by one plan, with the same settings.
+
+        Raises:
+            MismatchError: names the field, and every rank's value.
+        """
+        facts = {"policy": self.controller.policy, "settings": self.settings, "plan": self.plan}
+        mine = {name: re.sub(r" at 0x[0-9a-f]+", "", repr(value)) for name, value in facts.items()}
+        digests = self.collectives.gather({"digest": zlib.crc32(repr(mine).encode())})
+        if len({rank["digest"] for rank in digests}) == 1:
+            return
+        everyone = self.collectives.gather_objects(mine)
+        name = next(name for name in mine if len({theirs[name] for theirs in everyone}) > 1)
+        sides = ", ".join(f"{theirs[name]} on rank {rank}" for rank, theirs in enumerate(everyone))
+        raise MismatchError(f"the {name} of LocalSGD is {sides}; give all ranks the same")
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
             if error is None:
                 last = self.local_step
+                with self.world.board.saying(f"ended its loop after local step {last}", last):
+                    self.finish()
                 self.world.board.say(f"ended its loop after local step {last}", after_step=last)
-                self.finish()
         except BaseException as late:
             error = late
             raise
@@ -221,11 +246,6 @@ class LocalSGD:
         if not with_closure:  # else it computes the gradients itself
             self._gradients.join()
         self._progress.updates += 1
-        if self._feed.idle and not self._gradients.on:  # a step without data of its own changes nothing
-            for parameter in self.replica.parameters:
-                if parameter.grad is not None:
-                    parameter.grad.zero_()
-            return 0.0
         notes = self._progress.notes
         if self.plan.averages == "gradients":
             scale = self._scaler.get_scale() if self._scaler is not None else 1.0
@@ -350,13 +370,19 @@ class LocalSGD:
         if self._feed.idle:
             mean, count, correct, right = torch.zeros_like(mean), 0, None, None
         with torch.inference_mode(mode=False):
-            return self._step(mean, count, skipped=skipped, correct=correct if correct is not None else right)
+            heard = self._step(mean, count, skipped=skipped, correct=correct if correct is not None else right)
+        self.world.board.step = self.local_step + 1
+        return heard
 
     def _counted(self, samples: int | None) -> int:
         count = samples if samples is not None else self._feed.batch_samples
         if count is None:
             raise ConfigError("samples = None: pass sync.step(loss, samples=...) for batches of a loader of your own")
-        if isinstance(count, bool) or int(count) != count or count < 0:
+        try:
+            whole = not isinstance(count, bool) and int(count) == count and count >= 0
+        except (TypeError, ValueError, OverflowError, RuntimeError):
+            whole = False
+        if not whole:
             raise ConfigError(f"samples = {count!r}: must be the number of samples of this step, 0 or more")
         return int(count)
 
@@ -369,7 +395,7 @@ class LocalSGD:
         self._feed.end_step()
         self._timetable.stepped(self.plan, count)
         self._progress.count(loss, count, skipped=skipped, correct=correct)
-        self.world.board.step = self.local_step + 1
+        self.world.board.step = self.local_step
         if self.plan.averages != "parameters":
             return self._end_lone_step()
         self._timetable.land()
@@ -390,6 +416,8 @@ class LocalSGD:
         ended = self.settle()
         with torch.inference_mode(mode=False):
             self._timetable.make_one()
+            if self._timetable.layout_changed:
+                self._relayout(self.plan)
             self.replica.unite(buffers=self.settings.batch_norm == "average")
         return ended
 
@@ -399,9 +427,13 @@ class LocalSGD:
         Where the Plan never averages, the replicas stay apart.
         """
         self._require_inside("settle")
-        with torch.inference_mode(mode=False):
+        waits = self.world.board.saying(f"evaluates or ends after local step {self.local_step}", self.local_step)
+        with waits, torch.inference_mode(mode=False):
             if self.plan.averages != "parameters":
-                return self._observe() if self._progress.ledger.steps else []
+                heard = self._observe() if self._progress.ledger.steps else []
+                if self.plan.averages == "gradients" and not self.replica.are_equal():
+                    self._mend()
+                return heard
             ended = [] if self.between_rounds else self._end_round()
             self._timetable.make_one()
             return ended + self._hear()
@@ -426,7 +458,9 @@ class LocalSGD:
 
     def saw_accuracy(self, accuracy: float) -> None:
         """Tell the policy an evaluation's result (the same number on every rank)."""
-        self._told.accuracy = accuracy
+        if isinstance(accuracy, bool | str) or not hasattr(accuracy, "__float__"):
+            raise ConfigError(f"accuracy = {accuracy!r}: must be a number, the same on every rank")
+        self._told.accuracy = float(accuracy)
 
     # ---- a round's end
 
@@ -462,19 +496,26 @@ class LocalSGD:
             MismatchError: learning rates differ.
         """
         if "rates" in total.differing:
-            groups = [float(group["lr"]) for group in self.optimizer.param_groups]
-            sides = "; ".join(f"rank {r}: {rates}" for r, rates in enumerate(self.collectives.gather_objects(groups)))
             raise MismatchError(
-                f"learning rates differ between ranks at period 1, where replicas must stay one: {sides}"
+                _differing_settings(self.collectives.gather_objects(optimizer_settings(self.optimizer)))
             )
-        if "updates" in total.differing:
-            self._transition.mend(self.plan)
+        if "updates" in total.differing or total.are_apart:
+            self._mend()
         if np.ptp(total.samples_by_rank) > 0 and not self._feed.take_weighed():
             warnings.warn(
                 "ranks trained different numbers of samples at period 1, where gradients are averaged with equal "
                 "weights: take batches from sync.batches(loader), or give every rank batches of one size",
                 stacklevel=5,
             )
+
+    def _mend(self) -> None:
+        """Replicas are not one though gradients were averaged: average them, and say so."""
+        warnings.warn(
+            "replicas differ at period 1: parameters or updates were changed on some ranks only; they were averaged, "
+            "and training goes on from there",
+            stacklevel=2,
+        )
+        self._transition.mend(self.plan)
 
     def _hear(self) -> list[Round]:
         """Let the controller hear what was told, and enter the Plan that it answers with."""
@@ -485,12 +526,18 @@ class LocalSGD:
 
     def _enter_plan(self, before: Plan) -> None:
         """Make the ranks ready for the current Plan, after this one."""
-        if self._timetable.layout_changed:
-            self._early.forget()
-            self._transition.relayout(before)
-            self._timetable.layout_mended()
+        if self.plan != before:
+            LOG.debug("local step %d: phase %s begins, %s", self.local_step, self.controller.phase.name, self.plan)
         self._transition.enter(self.plan, before)
+        if self._timetable.layout_changed and self.plan.averages != "nothing":  # else it waits for what ends that
+            self._relayout(self.plan)
         self._early.begin_round(self.plan)
+
+    def _relayout(self, plan: Plan) -> None:
+        LOG.debug("local step %d: the model's layers have changed, and are taken in", self.local_step)
+        self._early.forget()
+        self._transition.relayout(plan)
+        self._timetable.layout_mended()
 
     def rewrap(self) -> None:
         """Begin gradient averaging afresh where it is on, as a run resumed from here does."""
@@ -516,19 +563,41 @@ class LocalSGD:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint: called inside the `with` block, once model and optimizer are loaded."""
         self._require_inside("load_state_dict")
+        missing = sorted({*self.state_dict()} - {*state}) if isinstance(state, Mapping) else ["all"]
+        if missing:
+            raise ConfigError(
+                f"state of LocalSGD has no {missing[0]!r}: pass what sync.state_dict() gave, of this version"
+            )
         self._progress.load_state_dict(state["progress"])
-        self.replica.load_state_dict(state["replica"])
+        if self.replica.load_state_dict(state["replica"]):
+            self._averager.retake()
         self._told.load_state_dict(state["told"])
         self._averager.use(self.settings.under(self.plan))
         self._averager.load_state_dict(state["averager"])
         self._gradients.load_state_dict(state["gradients"])
         self._early.load_state_dict(state["early"])
-        if "feed" in state:
-            self._feed.load_state_dict(state["feed"])
+        self._feed.load_state_dict(state["feed"])
         self._timetable.load_state_dict(state["timetable"])
         self.collectives.sent_bytes = state["sent_bytes"]
         self.clock.load_state_dict(state["clock"])
         self.rewrap()
+
+
+def _check_kinds(model: Any, optimizer: Any, world: Any, scaler: Any) -> None:
+    """Refuse arguments of another kind, in one line.
+
+    Raises:
+        ConfigError: names the argument, its kind and what is meant.
+    """
+    wanted: tuple[tuple[str, Any, Any, str], ...] = (
+        ("model", model, nn.Module, "a torch.nn.Module"),
+        ("optimizer", optimizer, Optimizer, "a torch.optim.Optimizer over the model's parameters"),
+        ("world", world, World | None, "a World, or left out"),
+        ("scaler", scaler, torch.amp.GradScaler | None, "a torch.amp.GradScaler, or left out"),
+    )
+    for name, given, kind, mend in wanted:
+        if not isinstance(given, kind):
+            raise ConfigError(f"{name} is a {type(given).__name__}: must be {mend}")
 
 
 def _check_optimizer(optimizer: Optimizer, *, averages_gradients: bool) -> None:
@@ -543,6 +612,18 @@ def _check_optimizer(optimizer: Optimizer, *, averages_gradients: bool) -> None:
             f"optimizer has line_search_fn = {searches[0]['line_search_fn']!r}: ranks would search differently at "
             "period 1; set it to None, or choose a policy without period 1"
         )
+
+
+def _differing_settings(everyone: Sequence[Sequence[Mapping[str, Any]]]) -> str:
+    """The first setting in which ranks' optimizers differ, in one line."""
+    for number, group in enumerate(everyone[0]):
+        for name in group:
+            values = [groups[number].get(name) if number < len(groups) else "no such group" for groups in everyone]
+            if len({repr(value) for value in values}) > 1:
+                sides = ", ".join(f"{value} on rank {rank}" for rank, value in enumerate(values))
+                what = "learning rate" if name == "lr" else f"optimizer setting {name!r}"
+                return f"the {what} of group {number} is {sides}: at period 1 replicas must stay one; set one value"
+    return "optimizer settings differ between ranks: at period 1 replicas must stay one; set the same on all"
 
 
 def _one_number(loss: Any) -> torch.Tensor:

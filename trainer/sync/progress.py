@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
+from torch.optim import Optimizer
 
 from trainer.config.sync import SyncConfig
 from trainer.control.reports import Report
@@ -19,6 +20,19 @@ from trainer.memory import memory_share
 from trainer.plan import Plan
 from trainer.sync.gradient_notes import GradientNotes
 from trainer.sync.replica import Replica
+
+
+def optimizer_settings(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """The plain settings of every parameter group: what decides, beside gradients and state, what an update does."""
+    plain = (int, float, bool, str, tuple, type(None))
+    return [
+        {
+            name: float(value) if name == "lr" else value
+            for name, value in group.items()
+            if name == "lr" or (name != "params" and isinstance(value, plain))
+        }
+        for group in optimizer.param_groups
+    ]
 
 
 class Progress:
@@ -85,6 +99,7 @@ class Progress:
         """What ranks compare and weigh an average by, as it is now."""
         plan, times, optimizer = self.plan, self._clock.read(), self._replica.optimizer
         rates = [float(group["lr"]) * self.lr_scale for group in optimizer.param_groups]
+        told = rates, optimizer_settings(optimizer)
         return Report(
             round=self.rounds,
             step=self.local_step,
@@ -92,7 +107,7 @@ class Progress:
             period=plan.sync_period_steps,
             lr_scale=plan.lr_scale,
             plan=zlib.crc32(repr(plan).encode()),
-            rates=zlib.crc32(repr(rates).encode()),
+            rates=zlib.crc32(repr(told).encode()),
             updates=self.updates,
             lr=rates[0],
             transfer_s=self.transfer_s,
@@ -106,11 +121,14 @@ class Progress:
         """This rank's share of the observation that ends here, for the others; the next one begins."""
         times, sent_bytes = self._clock.read(), self._collectives.sent_bytes
         averages, world = self.plan.averages, self._collectives.world
+        sample, norm = self._replica.sample(self.rounds) if averages == "gradients" and world.size > 1 else (0.0, 0.0)
         report = replace(
             self.place(),
             stop=self.stop_asked,
             state_layout=self._replica.state_layout(),
             changed=self._replica.changed(),
+            sample=sample,
+            sample_norm=norm,
             moved_layout=self._replica.moved_layout(buffers=self._sends_buffers and averages == "parameters"),
             memory=memory_share(world.device, world.local_size),
             sketch=None if averages == "gradients" else self.notes.sketch(),

@@ -36,9 +36,13 @@ class Replica:
         self._state_layout = (-1, 0)
         self._take_members()
 
-    def _take_members(self) -> None:
-        self.layout = Layout.of(self.model, self.optimizer)
-        self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+    def _take_members(self, trained: Sequence[str] | None = None) -> None:
+        self.layout = Layout.of(self.model, self.optimizer, trained)
+        needs = {row[0] for row in self.layout.parameters if row[4]}
+        self.parameters = [parameter for name, parameter in self.model.named_parameters() if name in needs]
+        embeddings = (module for module in self.model.modules() if getattr(module, "sparse", False) is True)
+        self.sparse = {id(p) for module in embeddings for p in module.parameters(recurse=False)}
+        """Ids of parameters whose gradients are sparse."""
         self.flat_parameters = FlatTensors(lambda: self.parameters)
 
     # ---- one model
@@ -61,7 +65,14 @@ class Replica:
 
     def changed(self) -> bool:
         """Whether the model has other parameters, or others that require a gradient, than the ranks agreed on."""
-        return self.layout.differs(self.model)
+        return self.layout.differs()
+
+    def new_parameters(self) -> list[torch.Tensor]:
+        """Parameters that require a gradient by now and are no members."""
+        if not self.layout.differs():
+            return []
+        members = {id(parameter) for parameter in self.parameters}
+        return [p for p in self.model.parameters() if p.requires_grad and id(p) not in members]
 
     def relayout(self) -> None:
         """Take layers that were unfrozen, frozen, added or replaced for what they are now; every rank calls it.
@@ -83,12 +94,35 @@ class Replica:
         self._rests = {name: fingerprint(tensor) for name, tensor in self.rests().items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint: what frozen parameters and buffers were when the ranks were last one."""
-        return {"rests": dict(self._rests)}
+        """For a checkpoint: which parameters are members, and what the rest was when the ranks were last one."""
+        return {"trained": [row[0] for row in self.layout.parameters if row[4]], "rests": dict(self._rests)}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint, once the model is loaded."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> bool:
+        """Go on from a checkpoint, once the model is loaded; whether there are other members now."""
         self._rests = dict(state["rests"])
+        if state["trained"] == [row[0] for row in self.layout.parameters if row[4]]:
+            return False
+        self._take_members(state["trained"])
+        return True
+
+    def sample(self, number: int) -> tuple[float, float]:
+        """A signed sum and the norm of every 61st value of the parameters; `number` says from which on.
+
+        Replicas that are one have the same, but for their last digits where their processors differ.
+        """
+        total = norm = 0.0
+        for flat in self.flat_parameters.adopt():
+            some = flat[number % SAMPLED :: SAMPLED].double()
+            signs = torch.ones_like(some)
+            signs[::3] = -1
+            total, norm = total + float(torch.dot(some, signs)), norm + float(torch.dot(some, some))
+        return total, norm**0.5
+
+    def are_equal(self) -> bool:
+        """Whether all ranks have the same parameters, bit for bit; every rank calls it."""
+        mine = [float(fingerprint(flat)) for flat in self.flat_parameters.adopt()]
+        most = self.collectives.most_numbers([*mine, *(-value for value in mine)])
+        return most[: len(mine)] == [-value for value in most[len(mine) :]]
 
     def moved(self, *, buffers: bool) -> list[str]:
         """Names of frozen parameters, and of buffers, that have moved since the ranks were last one."""
@@ -124,7 +158,7 @@ class Replica:
 
     def _frozen(self) -> dict[str, torch.Tensor]:
         """Parameters that are no members, by name."""
-        if len(self.parameters) == len(self.layout.parameters):
+        if len(self.parameters) == len(self.layout.parameters) and not self.layout.differs():
             return {}
         members = {id(parameter) for parameter in self.parameters}
         return {name: p for name, p in self.model.named_parameters() if id(p) not in members and movable(p)}
@@ -263,14 +297,27 @@ class Replica:
 def mean_values(via: Collectives, tensors: Sequence[torch.Tensor], weight: float) -> None:
     """Replace tensors of any floating type by their means over the ranks; `weight` is this rank's share.
 
-    Halves are summed in float32, since a backend's own sum would round at every hop.
+    A rank's tensor that is not finite takes no part; where no rank's is, each keeps its own. Halves are summed in
+    float32, since a backend's own sum would round at every hop.
     """
+    if via.size == 1 or not tensors:
+        return
     flat = [real_view(tensor) for tensor in tensors]
-    wide = [part.float() if part.dtype in (torch.float16, torch.bfloat16) else part for part in flat]
+    finite = [bool(torch.isfinite(part).all()) for part in flat]
+    shares = via.sum_numbers([*(weight * fits for fits in finite), *map(float, finite)])
+    wide = [part.float() if part.dtype in HALVES else part.clone() for part in flat]
+    for part, fits in zip(wide, finite, strict=True):
+        if not fits:
+            part.zero_()
     via.mean_(wide, weight)
-    for part, mean in zip(flat, wide, strict=True):
-        if part is not mean:
-            part.copy_(mean)
+    for part, mean, share, count in zip(flat, wide, shares, shares[len(flat) :], strict=False):
+        if share > 0:
+            part.copy_(mean if count == via.size else mean / share)
+
+
+HALVES = (torch.float16, torch.bfloat16)
+SAMPLED = 61
+"""Of so many values one is compared, another at each observation."""
 
 
 def _numbers(optimizer: Optimizer) -> dict[Place, float] | None:

@@ -54,7 +54,7 @@ class SyncedModel(nn.Module):
             for each in tree_leaves(outputs):
                 if torch.is_tensor(each) and each.requires_grad:
                     watch: Any = each.register_hook
-                    watch(lambda _: average.begin())
+                    watch(lambda _: average.outermost_begins())
         return outputs
 
     @contextmanager
@@ -94,22 +94,27 @@ class SyncedModel(nn.Module):
         return True
 
     def __len__(self) -> int:
-        return len(self.module)  # type: ignore[arg-type]  # where the model has a length
+        return len(self._container)
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(self.module)  # type: ignore[call-overload, no-any-return]  # where the model can be gone through
+        return iter(self._container)
 
     def __getitem__(self, place: Any) -> Any:
-        return self.module[place]  # type: ignore[index]  # where the model has items
+        return self._container[place]
 
     def __setitem__(self, place: Any, value: Any) -> None:
-        self.module[place] = value  # type: ignore[index]  # where the model has items
+        self._container[place] = value
 
     def __delitem__(self, place: Any) -> None:
-        del self.module[place]  # type: ignore[attr-defined]  # where the model has items
+        del self._container[place]
 
     def __contains__(self, thing: Any) -> bool:
-        return thing in self.module  # type: ignore[operator]  # where the model has items
+        return thing in self._container
+
+    @property
+    def _container(self) -> Any:
+        """The model, where it has items."""
+        return self.module
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
         """A copy of the model itself, which takes no part in any averaging."""
@@ -119,43 +124,26 @@ class SyncedModel(nn.Module):
         """The model itself is what is pickled."""
         return _itself, (self.module,)
 
-    def _apply(self, *args: Any, **kwargs: Any) -> SyncedModel:
-        apply: Any = self.module._apply
-        apply(*args, **kwargs)
-        return self
 
-    def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile the model itself."""
-        self.module.compile(*args, **kwargs)
+def _reaching(name: str) -> Any:
+    """A method that calls the model's own of this name; where that returns the model, this object."""
 
-    def train(self, mode: bool = True) -> SyncedModel:
-        """Set the model's mode."""
-        self.module.train(mode)
-        return self
+    def method(self: SyncedModel, *args: Any, **kwargs: Any) -> Any:
+        found = getattr(self.module, name)(*args, **kwargs)
+        return self if found is self.module else found
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own."""
-        return self.module.state_dict(*args, **kwargs)
+    method.__name__, method.__doc__ = name, "The model's own."
+    return method
 
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own."""
-        return self.module.load_state_dict(*args, **kwargs)
 
-    def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own."""
-        return self.module.named_parameters(*args, **kwargs)
-
-    def named_buffers(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own."""
-        return self.module.named_buffers(*args, **kwargs)
-
-    def named_modules(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own."""
-        return self.module.named_modules(*args, **kwargs)
-
-    def named_children(self) -> Any:
-        """The model's own."""
-        return self.module.named_children()
+for _name in (
+    *("state_dict", "load_state_dict", "named_parameters", "named_buffers", "named_modules", "named_children"),
+    *("add_module", "register_module", "register_buffer", "register_parameter", "get_parameter", "get_buffer"),
+    *("get_submodule", "set_submodule", "get_extra_state", "set_extra_state", "apply", "_apply", "compile", "train"),
+    *("requires_grad_", "zero_grad", "share_memory", "to", "to_empty", "register_state_dict_post_hook"),
+    *("register_state_dict_pre_hook", "register_load_state_dict_pre_hook", "register_load_state_dict_post_hook"),
+):
+    setattr(SyncedModel, _name, _reaching(_name))
 
 
 def _itself(module: nn.Module) -> nn.Module:

@@ -91,7 +91,7 @@ class Transition:
         """Average gradients as the Plan says: over all ranks, over a node's, or not."""
         via, parameters = self._replica.collectives, self._replica.parameters
         if plan.averages == "gradients":
-            self._gradients.put_on(parameters, via, self._notes)
+            self._gradients.put_on(parameters, via.for_gradients(), self._notes)
         else:
             self._gradients.put_on(parameters, via.within if self._settings.node_period_steps == 1 else None)
 

@@ -73,13 +73,13 @@ class FlatTensors:
         """The flat buffers, once every tensor is in its place: also one that its module has replaced or moved.
 
         Raises:
-            RuntimeError: the tensors are no longer of the shapes and types that they were.
+            ConfigError: the tensors are no longer of the shapes and types that they were.
         """
         tensors = self._tensors()
         if [tensor.data_ptr() for tensor in tensors] == self._pointers:
             return self.buffers
         if [_describe(tensor) for tensor in tensors] != self._described:
-            raise RuntimeError("parameters changed in number, shape, type or device between two averagings")
+            raise ConfigError(_changed(self._described, tensors))
         for tensor, view in zip(tensors, self._views, strict=True):
             if tensor.data_ptr() != view.data_ptr():
                 view.copy_(tensor)
@@ -110,6 +110,16 @@ def pieces(count: int, device: torch.device) -> Iterator[slice]:
 
 def _describe(tensor: torch.Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
     return tensor.shape, tensor.dtype, tensor.device
+
+
+def _changed(before: list[tuple[torch.Size, torch.dtype, torch.device]], tensors: list[torch.Tensor]) -> str:
+    """How the tensors differ from what they were, in one line."""
+    mend = "set up, cast and move the model before LocalSGD, or leave its block first"
+    if len(tensors) != len(before):
+        return f"the model has {len(tensors)} trained parameters where it had {len(before)}: {mend}"
+    place = next(place for place, tensor in enumerate(tensors) if _describe(tensor) != before[place])
+    was, now = ([*tuple(map(str, facts))] for facts in (before[place], _describe(tensors[place])))
+    return f"trained parameter {place} is {' '.join(now)} where it was {' '.join(was)}: {mend}"
 
 
 def _refuse_overlap(tensors: list[torch.Tensor]) -> None:
