@@ -55,20 +55,21 @@ class Bucket:
     """Numbers of the parameters that have none."""
     work: Any = None
     own: torch.Tensor | None = None
-    held: list[int] = field(default_factory=list)
-    """References to the views and their memory as they were handed out: more say that the loop has kept a gradient."""
+    new_references: tuple[int, ...] = ()
+    """References to the views, and to their memory, before anybody else had one."""
 
-    def references(self) -> list[int]:
+    def references(self) -> tuple[int, ...]:
         """How often each view is referred to, and their memory."""
-        storage = self.flat.untyped_storage()
-        return [*map(sys.getrefcount, self.views), torch._C._storage_Use_Count(storage._cdata)]
+        return (*map(sys.getrefcount, self.views), torch._C._storage_Use_Count(self.flat.untyped_storage()._cdata))
 
     def renew(self) -> None:
-        """Where the loop has kept a gradient, leave it to it, and take other memory."""
-        if self.held and any(now > then for now, then in zip(self.references(), self.held, strict=True)):
+        """Where the loop has kept a gradient of an earlier step, leave it to it, and take other memory."""
+        now = self.references()
+        given = [int(p.grad is view) for p, view in zip(self.parameters, self.views, strict=True)]
+        allowed = (first + more for first, more in zip(self.new_references, (*given, 0), strict=True))
+        if any(count > most for count, most in zip(now, allowed, strict=True)):
             fresh = _bucket(self.number, self.last, self.parameters)
             self.flat, self.views, self.parts = fresh.flat, fresh.views, fresh.parts
-        self.held = []
 
     def buffer(self) -> torch.Tensor:
         return self.flat
@@ -393,7 +394,6 @@ class GradientAverage:
             if bucket.own is not None and self._notes is not None:
                 self._notes.averaged(bucket.own, bucket.flat)
             bucket.hand_out(used[start : start + len(bucket.parameters)], sparse)
-            bucket.held = bucket.references()
             start += len(bucket.parameters)
 
     def _average_new(self, total: torch.Tensor) -> None:
@@ -518,4 +518,8 @@ def _bucket(number: int, last: bool, parameters: list[torch.Tensor]) -> Bucket:
         # PowerSGD looks for rows and columns, and knows no numbers without a dimension
         parts.append(part.view(parameter.shape or (1,)) if not part.is_complex() else real_view(part).view(-1))
         start += parameter.numel()
-    return Bucket(number, last, parameters, real_view(flat).view(-1), views, parts)
+    del part
+    bucket = Bucket(number, last, parameters, real_view(flat).view(-1), views, parts)
+    del flat, views, parts
+    bucket.new_references = bucket.references()
+    return bucket
