@@ -36,9 +36,9 @@ class Sent:
 
     phase: Phase
     samples: int
-    """Trained by this rank."""
+    """Trained by all ranks, as far as this one knows."""
     planned: int
-    """The same by the Plan, which is one on all ranks."""
+    """Trained by this rank by the Plan, which is one on all ranks."""
 
 
 @dataclass(frozen=True)
@@ -67,19 +67,21 @@ class Rounds:
         self._sent: dict[int, Sent] = {}
         self._told: list[Told] = []
 
-    def samples(self, here: int, ranks: int) -> int:
-        """Trained by all ranks, if all trained as much as this one since they last told; `here` is not yet sent."""
-        return self._agreed_samples + (sum(sent.samples for sent in self._sent.values()) + here) * ranks
+    def samples(self, here: int) -> int:
+        """Trained by all ranks, as far as this one knows; `here` are those of all that are not yet sent."""
+        return self._agreed_samples + sum(sent.samples for sent in self._sent.values()) + here
 
     def planned(self, here: int, ranks: int) -> int:
-        """The same if every rank trained as planned since they last told: one number on all ranks, by which a rate
-        may ramp up."""
+        """Trained by all ranks, if each trained as planned since they last told.
+
+        It is one number on all ranks, by which a rate may ramp up; `here` are this rank's that are not yet sent.
+        """
         return self._agreed_samples + (sum(sent.planned for sent in self._sent.values()) + here) * ranks
 
-    def send(self, report: Report) -> None:
-        """This rank's report of a round is on its way to the others."""
+    def send(self, report: Report, samples: int) -> None:
+        """This rank's report of a round is on its way to the others; `samples` are those of all ranks in it."""
         phase = self.controller.phase
-        self._sent[report.round] = Sent(phase, report.samples, report.steps * phase.plan.batch_per_rank)
+        self._sent[report.round] = Sent(phase, samples, report.steps * phase.plan.batch_per_rank)
 
     def tell(self, total: Total, **known: Any) -> None:
         """All ranks' reports of a round are there; keep what they come to until the controller is asked.

@@ -127,6 +127,12 @@ class Feed:
         mine = sizes[self.via.rank] or 0
         return None if mine == UNKNOWN else mine
 
+    def everyones(self, mine: int) -> int:
+        """Samples that all ranks train in the present step; where they are not known, as many as this rank's each."""
+        sizes = self.step_sizes
+        known = sizes is not None and UNKNOWN not in sizes and (sizes[self.via.rank] or 0) == mine
+        return sum(size or 0 for size in sizes) if known and sizes is not None else mine * self.via.size
+
     @property
     def idle(self) -> bool:
         """This rank has no data of its own for the present step, which must change nothing."""

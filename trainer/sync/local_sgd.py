@@ -392,9 +392,10 @@ class LocalSGD:
             self._gradients.forget()
         self._gradients.join()  # a rank that had nothing to train takes part all the same
         self._gradients.end_step()
+        everyones = self._feed.everyones(count)
         self._feed.end_step()
         self._timetable.stepped(self.plan, count)
-        self._progress.count(loss, count, skipped=skipped, correct=correct)
+        self._progress.count(loss, count, everyones, skipped=skipped, correct=correct)
         self.world.board.step = self.local_step
         if self.plan.averages != "parameters":
             return self._end_lone_step()

@@ -73,7 +73,7 @@ class Progress:
     @property
     def samples(self) -> int:
         """Samples trained so far, over all ranks."""
-        return self._told.samples(self.ledger.samples, self._collectives.size)
+        return self._told.samples(self.ledger.everyones)
 
     @property
     def lr_scale(self) -> float:
@@ -82,12 +82,18 @@ class Progress:
         return self._told.controller.lr_scale(self._told.planned(here, self._collectives.size))
 
     def count(
-        self, loss: torch.Tensor, samples: int, *, skipped: bool = False, correct: torch.Tensor | None = None
+        self,
+        loss: torch.Tensor,
+        samples: int,
+        everyones: int,
+        *,
+        skipped: bool = False,
+        correct: torch.Tensor | None = None,
     ) -> None:
         """One local step is done; the arguments are `Ledger.count`'s."""
         self.local_step += 1
         self.round_steps += 1
-        self.ledger.count(loss, samples, skipped=skipped, correct=correct)
+        self.ledger.count(loss, samples, everyones, skipped=skipped, correct=correct)
         self.notes.end_step()
 
     def end_round(self) -> None:
@@ -135,7 +141,7 @@ class Progress:
             **self.ledger.reported(sent_bytes),
             **self.notes.noted(),
         )
-        self._told.send(report)
+        self._told.send(report, self.ledger.everyones)
         self.ledger.begin(times, sent_bytes)
         self.notes.begin()
         self.updates = 0
@@ -168,6 +174,8 @@ class Ledger:
     device: torch.device
     steps: int = 0
     samples: int = 0
+    everyones: int = 0
+    """Of all ranks, where they are known; else as if each had trained as many as this one."""
     loss_samples: int = 0
     skipped: int = 0
     skipped_in_a_row: int = 0
@@ -186,11 +194,26 @@ class Ledger:
         self._correct_sum = torch.zeros((), dtype=torch.float32, device=self.device)
 
     def count(
-        self, loss: torch.Tensor, samples: int, *, skipped: bool = False, correct: torch.Tensor | None = None
+        self,
+        loss: torch.Tensor,
+        samples: int,
+        everyones: int,
+        *,
+        skipped: bool = False,
+        correct: torch.Tensor | None = None,
     ) -> None:
-        """Count one local step; a skipped one has no loss, and `correct` are the samples classified correctly."""
+        """Count one local step.
+
+        Args:
+            loss: mean over this rank's samples; a skipped step has none.
+            samples: of this rank.
+            everyones: of all ranks.
+            skipped: the optimizer made no update.
+            correct: samples that were classified correctly.
+        """
         self.steps += 1
         self.samples += samples
+        self.everyones += everyones
         if skipped:
             self.skipped += 1
             self.skipped_in_a_row += 1
@@ -217,7 +240,7 @@ class Ledger:
 
     def begin(self, times: Mapping[str, float], sent_bytes: float) -> None:
         """Begin the next observation."""
-        self.steps = self.samples = self.loss_samples = self.skipped = self.judged = 0
+        self.steps = self.samples = self.everyones = self.loss_samples = self.skipped = self.judged = 0
         self.compute_from_s, self.wait_from_s = times["compute_s"], times["sync_wait_s"]
         self.sent_from_bytes = sent_bytes
         self._loss_sum.zero_()
