@@ -65,7 +65,7 @@ class SyncConfig:
     """At period 1 and 0, local steps between two observations, so that small messages do not slow every step; in
     shorter rounds than that, local steps between two looks at the gradient."""
     find_unused_parameters: bool = False
-    """At period 1, look each step for parameters that the forward pass left out."""
+    """Without effect: parameters that a step leaves out need no setting."""
 
     def __post_init__(self) -> None:
         require_types(self)
