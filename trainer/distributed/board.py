@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import itertools
 import json
+import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
 
+PATIENCE_S = 2.0
+"""Seconds that the store may take to answer."""
 _opened = itertools.count()
 
 
@@ -62,32 +65,47 @@ class Board:
                 self._write()
 
     def _write(self) -> None:
-        if self.store is None:
-            return
-        try:
+        def work() -> None:
             self.store.set(self._key(self.rank), json.dumps(self._word))
             self.store.set(f"{self.prefix}/any", "1")
-        except Exception:  # the host of the store may have gone first; leaving must not fail
-            return
+
+        self._bounded(work)
+
+    def _bounded(self, work: Callable[[], Any]) -> Any:
+        """What `work` says of the store, or None: a store that is gone, or does not answer, is asked no more.
+
+        Its host may have left first, or the cable may be cut; neither leaving nor waiting may fail or hang for it.
+        """
+        if self.store is None:
+            return None
+        found: list[Any] = []
+
+        def ask() -> None:
+            with suppress(Exception):
+                found.append(work())
+
+        asking = threading.Thread(target=ask, name="board", daemon=True)
+        asking.start()
+        asking.join(PATIENCE_S)
+        if asking.is_alive():
+            self.store = None
+        return found[0] if found else None
 
     def gone(self, patience_s: float = 0.0) -> dict[int, str]:
         """The other ranks that will not take part in this rank's step, and why; waits so long for the first word."""
         deadline = time.monotonic() + patience_s
-        while not (found := dict(self._gone())) and time.monotonic() < deadline:
+        while not (found := self._bounded(lambda: dict(self._gone())) or {}) and time.monotonic() < deadline:
             time.sleep(0.02)
         return found
 
     def _gone(self) -> Iterator[tuple[int, str]]:
-        try:
-            if self.store is None or not self.store.check([f"{self.prefix}/any"]):
-                return
-            for rank in range(self.size):
-                if rank != self.rank and self.store.check([self._key(rank)]):
-                    word = json.loads(self.store.get(self._key(rank)))
-                    if word is not None and (word[1] is None or word[1] < self.step):
-                        yield rank, word[0]
-        except Exception:  # no store, no word
+        if not self.store.check([f"{self.prefix}/any"]):
             return
+        for rank in range(self.size):
+            if rank != self.rank and self.store.check([self._key(rank)]):
+                word = json.loads(self.store.get(self._key(rank)))
+                if word is not None and (word[1] is None or word[1] < self.step):
+                    yield rank, word[0]
 
     def _key(self, rank: int) -> str:
         return f"{self.prefix}/{rank}"

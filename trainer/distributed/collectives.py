@@ -42,7 +42,8 @@ class Collectives:
         self.between: Collectives | None = None
         """The ranks of this rank's place on every node."""
         self._for_gradients: Collectives | None = None
-        self._sent_bytes = 0.0
+        self._sent_nths = 0
+        """Bytes sent, in parts of 1 / `size` of one: whole numbers, whose sums are exact in any order."""
 
     def add_levels(self, within: dist.ProcessGroup, between: dist.ProcessGroup) -> None:
         """Have averages in two levels."""
@@ -63,12 +64,12 @@ class Collectives:
     @property
     def sent_bytes(self) -> float:
         """Bytes that this rank has sent, in all levels."""
-        others = (self.within, self.between, self._for_gradients)
-        return self._sent_bytes + sum(other.sent_bytes for other in others if other is not None)
+        nths = self._sent_nths + (0 if self._for_gradients is None else self._for_gradients._sent_nths)
+        return nths / self.size + sum(level.sent_bytes for level in (self.within, self.between) if level is not None)
 
     @sent_bytes.setter
     def sent_bytes(self, total: float) -> None:
-        self._sent_bytes += total - self.sent_bytes
+        self._sent_nths += round((total - self.sent_bytes) * self.size)
 
     def mean_(self, tensors: Sequence[torch.Tensor], weight: float) -> None:
         """Replace each tensor by its mean over the ranks, in place; `weight` is this rank's share (they sum to 1)."""
@@ -134,7 +135,7 @@ class Collectives:
             for work in works:
                 self.world.wait(work, operation)
         self.count_ring(total.nbytes + most.nbytes)
-        self._sent_bytes += mine.nbytes * (self.size - 1)
+        self._sent_nths += mine.nbytes * (self.size - 1) * self.size
         return total.tolist(), most.tolist(), everyone.cpu().numpy()
 
     def _numbers(self, values: Sequence[float]) -> torch.Tensor:
@@ -163,7 +164,7 @@ class Collectives:
             return [{name: float(number) for name, number in numbers.items()}]
         mine = self._numbers(list(numbers.values()))
         rows = self._gathered(mine, "gathering numbers")
-        self._sent_bytes += mine.nbytes * (self.size - 1)
+        self._sent_nths += mine.nbytes * (self.size - 1) * self.size
         return [dict(zip(numbers, row, strict=True)) for row in rows.tolist()]
 
     def gather_objects(self, thing: Any) -> list[Any]:
@@ -214,7 +215,7 @@ class Collectives:
         if self.size == 1:
             received.copy_(sent)
             return None
-        self._sent_bytes += sent.nbytes * (self.size - 1) / self.size
+        self._sent_nths += sent.nbytes * (self.size - 1)
         with self.world.collective("averaging"):
             return dist.all_to_all_single(received, sent, group=self.group, async_op=True)
 
@@ -223,14 +224,14 @@ class Collectives:
         if self.size == 1:
             gathered.copy_(mine)
             return None
-        self._sent_bytes += mine.nbytes * (self.size - 1)
+        self._sent_nths += mine.nbytes * (self.size - 1) * self.size
         with self.world.collective("averaging"):
             return dist.all_gather(list(gathered.tensor_split(self.size)), mine, self.group, async_op=True)
 
     def begin_swap(self, received: torch.Tensor, sent: torch.Tensor) -> Any:
         """Start sending `sent` (bytes,) to the other of two ranks, and receiving the other's in `received`."""
         assert self.size == 2
-        self._sent_bytes += sent.nbytes
+        self._sent_nths += sent.nbytes * self.size
         sizes = [0, 0]
         sizes[1 - self.rank] = len(sent)
         with self.world.collective("averaging"):
@@ -248,7 +249,7 @@ class Collectives:
 
     def count_ring(self, nbytes: float) -> None:
         """Count a buffer that a ring all-reduces."""
-        self._sent_bytes += 2 * (self.size - 1) / self.size * nbytes
+        self._sent_nths += 2 * (self.size - 1) * round(nbytes)
 
     def _waiting(self) -> AbstractContextManager[None]:
         return nullcontext() if self.clock is None else self.clock.waiting("sync_wait")

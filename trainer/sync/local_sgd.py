@@ -372,6 +372,13 @@ class LocalSGD:
         with torch.inference_mode(mode=False):
             heard = self._step(mean, count, skipped=skipped, correct=correct if correct is not None else right)
         self.world.board.step = self.local_step + 1
+        for each in heard:
+            if each.left_out:
+                warnings.warn(
+                    f"round {each.seen.round}: the replica of rank {', '.join(map(str, each.left_out))} held values "
+                    "that are not finite; it was left out of the average, and took the others'",
+                    stacklevel=2,
+                )
         return heard
 
     def _counted(self, samples: int | None) -> int:
