@@ -61,6 +61,8 @@ class Progress:
         self.transfer_s = math.nan
         """Seconds that this rank's latest transfer took; NaN before the first."""
         self.stop_asked = False
+        self.by_devices = False
+        """Ranks train devices in turn, so that samples and rates are those of the round's beginning."""
         self.ledger = Ledger(device)
         self.notes = GradientNotes(device, settings.observe_steps, alone=collectives.size == 1)
         self._sends_buffers = settings.batch_norm == "average"
@@ -68,7 +70,7 @@ class Progress:
     @property
     def plan(self) -> Plan:
         """What the open round does."""
-        return self._told.controller.plan
+        return self._told.plan
 
     @property
     def samples(self) -> int:
@@ -78,7 +80,7 @@ class Progress:
     @property
     def lr_scale(self) -> float:
         """The factor on the optimizer's learning rate now."""
-        here = self.ledger.steps * self.plan.batch_per_rank
+        here = 0 if self.by_devices else self.ledger.steps * self.plan.batch_per_rank
         return self._told.controller.lr_scale(self._told.planned(here, self._collectives.size))
 
     def count(
