@@ -12,7 +12,7 @@ import pytest
 from trainer.config.federated import FederatedConfig, check_federated, device_plan
 from trainer.config.sync import SyncConfig
 from trainer.errors import ConfigError
-from trainer.federated.cohorts import Cohorts, Fleet, open_cohorts, samples_in
+from trainer.federated.cohorts import Cohorts, Fleet, batch_sizes, open_cohorts, samples_in
 from trainer.federated.profiles import Profile
 from trainer.plan import Plan
 
@@ -93,6 +93,9 @@ def test_batch_by_speed_and_epochs() -> None:
     found = open_cohorts(Fleet(epochs, (25, 7), profile(1, 1), 0, 1)).next(Plan(10, sync_period_steps=4))
     assert [(visit.steps, visit.samples) for visit in found.visits] == [(9, 75), (3, 21)]
     assert samples_in(25, 10, 4) == 35
+    assert batch_sizes(21, 10) == (10, 6, 5)  # no batch of one sample
+    assert (batch_sizes(5, 10), batch_sizes(3, 1), batch_sizes(1, 4)) == ((5,), (1, 1, 1), (1,))
+    assert samples_in(21, 10, 5) == 37
 
 
 def test_transfers_cost_what_the_link_carries() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from trainer.config.sync import SyncConfig
@@ -119,6 +120,7 @@ class FederatedConfig:
         return min(self.devices or 1, math.ceil(heard * self.over_select - 1e-9))
 
 
+@lru_cache(maxsize=64)  # asked at every step
 def device_plan(plan: Plan, federated: FederatedConfig, sync: SyncConfig) -> DevicePlan:
     """A policy's Plan for devices: without delays, fragments and rounds that end early."""
     return DevicePlan(

@@ -142,6 +142,8 @@ class Report:
     """Devices that this rank trained since its last report: itself, or those that it hosts."""
     weight: float | None = None
     """Of this rank's replica in the average; None: its samples."""
+    noise: float | None = None
+    """Sum over its parts of 1 / batch at the noted gradients; None: of the mean batch."""
     spread: float = 0.0
     """Squared distances of its devices' models from their mean, each times its weight."""
 
@@ -164,7 +166,7 @@ class Report:
             "sq_norm": finite,
             "weighted_sq_norm": finite * self.counts,
             "grad_sq": self.grad_sq * self.parts if self.parts else 0.0,
-            "own_noise": noise * self.parts if self.parts else 0.0,
+            "own_noise": noise if self.noise is None else self.noise,
             "mean_noise": noise * weight**2,
         }
         return [*(float(known.get(name, getattr(self, name, 0.0))) for name in SUMMED), *(self.sketch or ())]

@@ -144,16 +144,17 @@ def _fitted(wanted: npt.NDArray[np.float64], rows: Indices, columns: Indices) ->
     for place in np.argsort(-(fitted - found), axis=None, kind="stable"):  # the largest remainders first
         row, column = divmod(int(place), len(columns))
         if short[row] > 0 and left[column] > 0:
-            found[row, column], short[row], left[column] = found[row, column] + 1, short[row] - 1, left[column] - 1
-    for row in np.flatnonzero(short):  # wishes that no fitting meets take what is there
-        for column in np.flatnonzero(left):
-            more = min(short[row], left[column])
-            found[row, column], short[row], left[column] = (
-                found[row, column] + more,
-                short[row] - more,
-                left[column] - more,
-            )
-    return found
+            found[row, column] += 1
+            short[row] -= 1
+            left[column] -= 1
+    for row in np.flatnonzero(short).tolist():  # wishes that no fitting meets take what is there
+        for column in np.flatnonzero(left).tolist():
+            more = min(int(short[row]), int(left[column]))
+            found[row, column] += more
+            short[row] -= more
+            left[column] -= more
+    fits: Indices = found
+    return fits
 
 
 @register_partition("classes")

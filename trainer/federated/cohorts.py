@@ -10,6 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -67,6 +68,8 @@ class DeviceRound:
     """What the average at its end takes; none where too few reported, and the model is kept."""
     dropped: tuple[int, ...] = ()
     """Devices that were drawn and not heard."""
+    left_out: tuple[int, ...] = ()
+    """Devices whose models were not finite, and did not count."""
     began_s: float = 0.0
     """Virtual seconds since the run began."""
     ended_s: float = 0.0
@@ -86,7 +89,15 @@ class DeviceRound:
         """The round whose `asdict` this is."""
         visits = tuple(Visit(**each) for each in state["visits"])
         heard = tuple(Heard(**each) for each in state["heard"])
-        return cls(**{**state, "visits": visits, "heard": heard, "dropped": tuple(state["dropped"])})
+        return cls(
+            **{
+                **state,
+                "visits": visits,
+                "heard": heard,
+                "dropped": tuple(state["dropped"]),
+                "left_out": tuple(state["left_out"]),
+            }
+        )
 
 
 @dataclass(frozen=True)
@@ -182,10 +193,21 @@ class Fleet:
         return float(visit.batch / self.profile.samples_per_s[visit.device]) + self.transfer_s(visit.device, plan)
 
 
+@lru_cache(maxsize=4096)
+def batch_sizes(size: int, batch: int) -> tuple[int, ...]:
+    """Samples of each batch in one pass over a shard. The last may be smaller, but is no single sample, which a
+    BatchNorm cannot take: then the last two share what is left."""
+    whole, rest = divmod(size, batch)
+    if rest == 1 and whole and batch > 1:
+        return (*(batch for _ in range(whole - 1)), (batch + 2) // 2, (batch + 1) // 2)
+    return (*(batch for _ in range(whole)), *((rest,) if rest else ()))
+
+
 def samples_in(size: int, batch: int, steps: int) -> int:
-    """Samples in so many batches of a shard, each pass cut by itself so that its last batch may be smaller."""
-    whole, rest = divmod(steps, -(-size // batch))
-    return whole * size + min(rest * batch, size)
+    """Samples in so many batches of a shard, each pass cut by itself."""
+    sizes = batch_sizes(size, batch)
+    whole, rest = divmod(steps, len(sizes))
+    return whole * size + sum(sizes[:rest])
 
 
 class Cohorts(ABC):

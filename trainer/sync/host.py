@@ -17,7 +17,7 @@ from trainer.data.device_data import Request
 from trainer.data.reading import mixed_seed
 from trainer.distributed.collectives import Collectives
 from trainer.errors import ConfigError
-from trainer.federated.cohorts import Cohorts, DeviceRound, Fleet, Heard, Visit, open_cohorts
+from trainer.federated.cohorts import Cohorts, DeviceRound, Fleet, Heard, Visit, batch_sizes, open_cohorts
 from trainer.federated.devices import Devices
 from trainer.federated.profiles import Profile
 from trainer.plan import Plan
@@ -153,7 +153,7 @@ class Host:
         for start, flat in zip(self._start, flats, strict=True):
             start.copy_(flat)
         self._gathered = Gathered([sums.zero_() for sums in self._sums])
-        self._buffers = {name: tensor.clone() for name, tensor in self._floating_buffers().items()}
+        self._buffers = {name: tensor.clone() for name, tensor in self._live_buffers().items()}
         self._buffer_sums = {name: torch.zeros_like(tensor) for name, tensor in self._buffers.items()}
         if self.visit is not None:
             self._begin_visit(self.visit)
@@ -183,8 +183,8 @@ class Host:
     def requests(self) -> Iterator[tuple[Request, int]]:
         """What is to be read for the rest of the open round, a local step each, and the samples that it counts."""
         if not self.visits:
-            first = self.mine[0]
-            yield Request(self.devices.shards[first][:1], (self.devices.seed, first)), 0
+            largest = max(self.mine, key=lambda device: len(self.devices.shards[device]))
+            yield Request(self.devices.shards[largest][:2], (self.devices.seed, largest)), 0
             return
         for turn, visit in enumerate(self.visits):
             if turn >= self._turn:
@@ -194,13 +194,14 @@ class Host:
 
     def _batches(self, visit: Visit) -> Iterator[Any]:
         shard = self.devices.shards[visit.device]
-        an_epoch = -(-len(shard) // visit.batch)
+        sizes = batch_sizes(len(shard), visit.batch)
         for step in range(visit.steps):
-            epoch, number = divmod(step, an_epoch)
+            epoch, number = divmod(step, len(sizes))
             if number == 0:
                 draw = np.random.default_rng([self.devices.seed, 5, visit.device, visit.draw, epoch])
-                order = shard[draw.permutation(len(shard))]
-            yield order[number * visit.batch : (number + 1) * visit.batch]
+                order, start = shard[draw.permutation(len(shard))], 0
+            yield order[start : start + sizes[number]]
+            start += sizes[number]
 
     def before_update(self, factor: float, *, with_closure: bool) -> None:
         """The optimizer is about to step: correct the gradient.
@@ -263,7 +264,9 @@ class Host:
         self.rule.begin(visit.device)
         self._notes.begin_part()
         seed = mixed_seed(self.devices.seed, 10, visit.device, visit.draw)
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed takes a millisecond where CUDA is not in use
+        if self._via.world.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
         np.random.seed(seed % 2**32)
         random.seed(seed)
 
@@ -271,7 +274,7 @@ class Host:
     def _restore(self) -> None:
         for flat, start in zip(self._replica.flat_parameters.adopt(), self._start, strict=True):
             flat.copy_(start)
-        for name, tensor in self._floating_buffers().items():
+        for name, tensor in self._live_buffers().items():
             if name in self._buffers:
                 tensor.copy_(self._buffers[name])
 
@@ -300,9 +303,18 @@ class Host:
         else:
             self._add(heard, moved, sq_norm, far)
         if not self._keeps_buffers and heard is not None:
-            for name, tensor in self._floating_buffers().items():
-                if name in self._buffers:
-                    self._buffer_sums[name].add_(tensor - self._buffers[name], alpha=heard.weight)
+            for name, tensor in self._live_buffers().items():
+                self._add_buffer(name, tensor, heard.weight)
+
+    def _add_buffer(self, name: str, tensor: torch.Tensor, weight: float) -> None:
+        """Of floating-point buffers the changes are added up, of counters the largest is kept."""
+        if name not in self._buffers:
+            return
+        moved, summed = tensor - self._buffers[name], self._buffer_sums[name]
+        if tensor.is_floating_point():
+            summed.add_(moved, alpha=weight)
+        else:
+            torch.maximum(summed, moved, out=summed)
 
     def _add(self, heard: Heard, moved: Flats, sq_norm: float, far: list[float] | None) -> None:
         gathered = self._gathered
@@ -333,8 +345,12 @@ class Host:
     # ---- a round's end
 
     @torch.no_grad()
-    def gather(self) -> None:
-        """Make the replica the weighted mean of this rank's devices, as the rule has it; every rank calls it."""
+    def gather(self) -> tuple[int, ...]:
+        """Make the replica the weighted mean of this rank's devices, as the rule has it; every rank calls it.
+
+        Returns:
+            Devices of all ranks that were left out since their models were not finite.
+        """
         assert self.round is not None
         for heard in self.round.heard:
             if heard.draw in self._held:
@@ -358,6 +374,9 @@ class Host:
                 mean -= offset[number]
             flat.copy_(start + mean)
         self._mean_buffers()
+        if not self._via.sum_numbers([len(self.left_out)])[0]:
+            return ()
+        return tuple(sorted(device for theirs in self._via.gather_objects(self.left_out) for device in theirs))
 
     def _agree(self, gathered: Gathered) -> tuple[float, float | Flats]:
         """What all ranks' devices have together, where the rule asks: their share of the objective, and by how much the
@@ -372,23 +391,25 @@ class Host:
         return share, self._by_group([each / weight for each in reaches])
 
     def _mean_buffers(self) -> None:
-        """Floating-point buffers become the devices' weighted mean on every rank; under recalibration they stay."""
-        names = sorted(self._buffer_sums)
-        if not names or self._keeps_buffers:
+        """Floating-point buffers become the devices' weighted mean on every rank, and counters the largest; under
+        recalibration they stay."""
+        if not self._buffer_sums or self._keeps_buffers:
             return
         total = self._via.sum_numbers([self._gathered.weight])[0]
         if not total:
             return
-        sums = [self._buffer_sums[name] for name in names]
-        self._via.mean_(sums, 1.0)  # a sum
-        live = self._floating_buffers()
-        for name, summed in zip(names, sums, strict=True):
-            live[name].copy_(self._buffers[name] + summed / total)
+        floats = {name: each for name, each in sorted(self._buffer_sums.items()) if each.is_floating_point()}
+        counts = {name: each for name, each in sorted(self._buffer_sums.items()) if not each.is_floating_point()}
+        self._via.mean_([*floats.values()], 1.0)  # a sum
+        self._via.max_([*counts.values()])
+        live = self._live_buffers()
+        for name, summed in {**{name: each / total for name, each in floats.items()}, **counts}.items():
+            live[name].copy_(self._buffers[name] + summed)
 
     def weigh(self, report: Report) -> Report:
         """This rank's report, weighed by its devices; what it took is the virtual clock's."""
         assert self.round is not None
-        gathered, parts = self._gathered, len(self.visits)
+        gathered, parts, fleet = self._gathered, len(self.visits), self.cohorts.fleet
         inner = 0.0
         if gathered.weight and self.config.rule != "fedasync":
             norm = math.fsum(float(torch.dot(sums, sums)) for sums in gathered.sums)
@@ -398,6 +419,7 @@ class Host:
             weight=gathered.weight,
             spread=inner,
             parts=parts,
+            noise=math.fsum(1 / batch_sizes(fleet.sizes[each.device], each.batch)[0] for each in self.visits),
         )
 
     def known(self) -> dict[str, Any]:
@@ -431,11 +453,12 @@ class Host:
             self._restore()
             self.round = None
 
-    def _floating_buffers(self) -> dict[str, torch.Tensor]:
+    def _live_buffers(self) -> dict[str, torch.Tensor]:
+        """Buffers that are numbers: statistics and counters."""
         return {
             name: buffer.data
             for name, buffer in self._replica.model.named_buffers()
-            if movable(buffer) and buffer.is_floating_point()
+            if movable(buffer) and buffer.dtype != torch.bool and not buffer.is_complex()
         }
 
     # ---- checkpoints

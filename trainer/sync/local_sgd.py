@@ -8,6 +8,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -127,13 +128,13 @@ class LocalSGD:
         """The collaborators, each made of those before it."""
         self._averager = Averager(self.replica, self.settings, self.collectives, self.clock)
         self._told = Rounds(self.controller, self._carried_out)
-        self._progress = Progress(self.replica, self._told, self.collectives, self.clock, self.settings)
+        about = self.replica, self._told, self.collectives, self.clock, self.settings
+        self._progress = Progress(*about, by_devices=self.devices is not None)
         self._host: Host | None = None
         if self.devices is not None:
-            self._progress.by_devices = True
             recalibrates = self.settings.batch_norm == "recalibrate"
-            about = self.devices, self.replica, self._progress.notes, self.collectives
-            self._host = Host(*about, keeps_buffers=recalibrates)
+            hosting = self.devices, self.replica, self._progress.notes, self.collectives
+            self._host = Host(*hosting, keeps_buffers=recalibrates)
         self._early = EarlyEnd(self.replica, self._progress.notes, self.collectives)
         self._timetable = Timetable(self._averager, self.settings, self._told, self._progress)
         averaging = self.replica, self._averager, self._timetable, self._gradients
@@ -264,6 +265,12 @@ class LocalSGD:
     def samples(self) -> int:
         """Samples trained so far, over all ranks."""
         return self._progress.samples
+
+    @property
+    def visiting(self) -> int | None:
+        """The device that this rank trains now; None without devices, and where it has none in the round."""
+        visit = self._host.visit if self._host is not None and self._host.round is not None else None
+        return None if visit is None else visit.device
 
     @property
     def devices_ever(self) -> set[int]:
@@ -547,11 +554,11 @@ class LocalSGD:
         """This rank's devices of the round are done: average all ranks'; too few reports keep the model."""
         assert host.round is not None
         ran, heard_any = self.plan, bool(host.round.heard)
-        host.gather()
+        left_out = host.gather()
         self._progress.local_step = host.ends_at
         self._progress.end_round()
         report = host.weigh(self._progress.report())
-        about = {"devices": host.round, **host.known()}
+        about = {"devices": replace(host.round, left_out=left_out), **host.known()}
         if heard_any:
             self._timetable.send([*self._averager.everything], report, ran, ends_round=True, **about)
         else:

@@ -44,10 +44,18 @@ class Progress:
         collectives: whose bytes are counted.
         clock: this rank's.
         settings: the fewest local steps between two notes of a local phase's gradients, and what goes along.
+        by_devices: ranks train devices in turn, so that samples and rates are those of the round's beginning.
     """
 
     def __init__(
-        self, replica: Replica, told: Rounds, collectives: Collectives, clock: Clock, settings: SyncConfig
+        self,
+        replica: Replica,
+        told: Rounds,
+        collectives: Collectives,
+        clock: Clock,
+        settings: SyncConfig,
+        *,
+        by_devices: bool = False,
     ) -> None:
         self._replica, self._told, self._collectives, self._clock = replica, told, collectives, clock
         device = replica.parameters[0].device
@@ -61,10 +69,9 @@ class Progress:
         self.transfer_s = math.nan
         """Seconds that this rank's latest transfer took; NaN before the first."""
         self.stop_asked = False
-        self.by_devices = False
-        """Ranks train devices in turn, so that samples and rates are those of the round's beginning."""
+        self.by_devices = by_devices
         self.ledger = Ledger(device)
-        self.notes = GradientNotes(device, settings.observe_steps, alone=collectives.size == 1)
+        self.notes = GradientNotes(device, settings.observe_steps, alone=collectives.size == 1 and not by_devices)
         self._sends_buffers = settings.batch_norm == "average"
 
     @property
