@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any, Literal
@@ -130,6 +130,31 @@ def run(
             if process not in kept:
                 process.end()
         _idle.extend(reversed(kept))
+
+
+def run_each(
+    size: int, function: Callable[..., Any], cases: Sequence[tuple[Any, ...]], *, timeout_s: float = 90
+) -> list[list[Any]]:
+    """What `function(world, *case)` returns for each case, by rank, one case after another in one world.
+
+    A world takes longer to begin than most cases take. A case that fails ends them all; the error names it.
+    """
+    ranks = run(size, _each, function, cases, timeout_s=timeout_s)
+    return [list(results) for results in zip(*ranks, strict=True)]
+
+
+def _each(world: Any, function: Callable[..., Any], cases: Sequence[tuple[Any, ...]]) -> list[Any]:
+    import torch
+
+    results = []
+    for case in cases:
+        torch.manual_seed(world.rank)
+        try:
+            results.append(function(world, *case))
+        except BaseException as error:
+            error.add_note(f"in the case {case}")
+            raise
+    return results
 
 
 def _place(rank: int, size: int, local_size: int, port: int) -> dict[str, str]:
