@@ -232,11 +232,20 @@ def _rank(task: Task, born: State) -> Any:
         return task.function(world, *task.arguments)
 
 
+def fork_readers() -> None:
+    """Have reading processes of this rank forked from it, as a rank of a launcher forks them.
+
+    Else they come from a server of their own, which imports everything first.
+    """
+    mp.set_start_method("fork", force=True)
+
+
 class State:
     """What of a process must be at a world's begin as it was at its own."""
 
     def __init__(self) -> None:
         self.environment = dict(os.environ)
+        self.start_method = mp.get_start_method()
         self.signals = self._signals()
 
     def _signals(self) -> list[Any]:
@@ -248,6 +257,7 @@ class State:
 
         os.environ.clear()
         os.environ.update(self.environment)
+        mp.set_start_method(self.start_method, force=True)
         gc.collect()
         end = time.monotonic() + 1  # threads that were told to end may take a moment
         while threading.active_count() > 1 and time.monotonic() < end:
