@@ -39,6 +39,13 @@ class Board:
         ranks = "all" if group is None else "-".join(map(str, dist.get_process_group_ranks(group)))
         return cls(rank, size, dist.distributed_c10d._get_default_store(), f"ebbtide/{ranks}/{next(_opened)}")
 
+    def begin(self) -> None:
+        """This rank takes part from its first step on: what it said of an earlier loop counts no more."""
+        self.step = 0
+        if self._word is not None:
+            self._word = None
+            self._write()
+
     def say(self, reason: str, *, after_step: int | None = None) -> None:
         """Tell the others why this rank leaves; the latest word counts, and a store that is gone is no error.
 
