@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from trainer.config.sync import SyncConfig, check_plans, check_scaler, sync_config_of
 from trainer.control.controller import Controller
-from trainer.control.reports import Total
+from trainer.control.reports import SAVE, STOP, Total
 from trainer.control.rounds import Round, Rounds
 from trainer.data.planned import PlannedBatches, Uneven
 from trainer.distributed.board import told
@@ -448,7 +448,16 @@ class LocalSGD:
 
     def ask_to_stop(self) -> None:
         """Make all ranks stop at the next observation: `batches` ends on each, and `stopping` is true."""
-        self._progress.stop_asked = True
+        self._progress.wish = STOP
+
+    def ask_to_save(self) -> None:
+        """Make `take_save` true on all ranks at the next observation, at the same local step."""
+        self._progress.wish = max(self._progress.wish, SAVE)
+
+    def take_save(self) -> bool:
+        """Whether some rank has asked for a checkpoint, and all know; true once."""
+        asked, self._told.saving = self._told.saving, False
+        return asked
 
     @contextmanager
     def consensus(self, calibration: Iterable[Any] = ()) -> Iterator[nn.Module]:
