@@ -16,9 +16,11 @@ import torch
 from torch import nn
 
 from trainer.config.config import Config, check_ranks
-from trainer.data import DataPart, open_part, shard_of
+from trainer.data import DataPart, DevicePictures, ShardStream, open_part
 from trainer.distributed.launcher import read_launch
 from trainer.distributed.world import World
+from trainer.federated.devices import Devices
+from trainer.loop.federated import Hosted, hosted_by, shards_of
 from trainer.loop.reference import recorded_reference
 from trainer.loop.step import LocalStep
 from trainer.sync.local_sgd import LocalSGD
@@ -43,6 +45,8 @@ class Job:
     """Samples of the whole training set, over all ranks."""
     started_s: float
     """Seconds since the epoch at the job's beginning."""
+    hosted: Hosted | None = None
+    """The federated devices of this rank, where there are any."""
 
     @classmethod
     def open(cls, config: Config) -> Job:
@@ -52,7 +56,12 @@ class Job:
         seed = config.run.seed
         part = open_part(config.data, train=True, seed=seed)
         test_part = open_part(config.data, train=False, seed=seed)
-        shard = part.subset(shard_of(config.data.partition, len(part), launch.size, launch.rank, seed))
+        shards = shards_of(config, part, launch.size)
+        if config.federated.is_on:
+            mine, hosted = hosted_by(shards, launch.rank, launch.size, config)
+        else:
+            mine, hosted = shards[launch.rank], None
+        shard = part.subset(mine)
         first = torch.as_tensor(shard.items[0][0])
         channels, size = (first.shape[0], first.shape[-1]) if first.dim() == 3 else (1, first.shape[-1])
         torch.manual_seed(seed)
@@ -60,7 +69,14 @@ class Job:
         folder = Path(config.run.root) / config.run.name
         loss = loss_function(config.task)
         alone = recorded_reference(config)
-        return cls(config, folder, shard, test_part, loss, model, alone, len(part), started_s)
+        return cls(config, folder, shard, test_part, loss, model, alone, len(part), started_s, hosted)
+
+    def source(self, stream: ShardStream, world: World) -> tuple[ShardStream | DevicePictures, Devices | None]:
+        """Where batches come from: the rank's stream, or its devices' samples."""
+        if self.hosted is None:
+            return stream, None
+        stream.close()
+        return DevicePictures(self.shard, self.config.data, world.device), self.hosted.devices
 
     def build(self, world: World) -> tuple[nn.Module, LocalStep]:
         """The model on this rank's device, and the step that trains it."""

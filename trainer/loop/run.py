@@ -12,15 +12,17 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from torch import nn
 
 from trainer.config.config import to_dict
 from trainer.control.controller import Phase
 from trainer.control.rounds import Round
-from trainer.data import ShardStream, Transform, split_evenly
+from trainer.data import DevicePictures, ShardStream, Transform, split_evenly
 from trainer.data.reading import one_line
 from trainer.errors import ConfigError
 from trainer.log import LOG
 from trainer.loop.facts import facts_of, planned, too_short
+from trainer.loop.federated import device_figures, judge_all, judge_tuned
 from trainer.loop.job import Job, stop_signals
 from trainer.loop.lineage import Prepared
 from trainer.loop.lock import RunLock
@@ -46,7 +48,9 @@ TIMES = ("elapsed_s", "compute_s", "sync_wait_s", "input_wait_s", "eval_s", "che
 class Run:
     """What happens beside the steps: records, evaluations, checkpoints, all off the training clock."""
 
-    def __init__(self, job: Job, sync: LocalSGD, step: LocalStep, stream: ShardStream, alone: float | None) -> None:
+    def __init__(
+        self, job: Job, sync: LocalSGD, step: LocalStep, stream: ShardStream | DevicePictures, alone: float | None
+    ) -> None:
         self._job, self._sync, self._step, self._stream = job, sync, step, stream
         self._config = job.config
         self._saving = Saving(job.folder / "checkpoints", job.config.checkpoint.keep, sync.world)
@@ -58,6 +62,8 @@ class Run:
         self._best = 0.0
         self._last: dict[str, float] = {}
         self._skipped = 0
+        self._virtual_s = 0.0
+        self._over_devices: dict[str, Any] = {}
         self._saved = -1
         self._facts: dict[str, Any] = {}
         self._earlier_s = 0.0
@@ -135,6 +141,7 @@ class Run:
         restore_random_state(state["random"], sync.world.device)
         self._best, self._skipped, self._alone = state["best"], state["skipped"], state["alone"]
         self._last, self._saved = state["last"], sync.local_step
+        self._virtual_s = state["virtual_s"]
         self._next_eval, self._next_save = state["next_eval"], state["next_save"]
         self._facts["started_at"], self._earlier_s = state["started_at"], state["wall_s"]
         LOG.debug("rank %d: resumed at step %d", sync.world.rank, sync.local_step)
@@ -179,7 +186,12 @@ class Run:
                 "why": ended.decision.why,
             },
         }
+        if ended.devices is not None:
+            figures |= device_figures(ended.devices)
+            self._virtual_s = ended.devices.ended_s
         self._records.write("round", figures)
+        if ended.devices is not None and not ended.devices.heard:
+            self._records.event("too few reports: the model is kept", round=seen.round, local_step=seen.local_step)
         if ended.left_out:
             self._records.event("left out", ranks=list(ended.left_out), local_step=seen.local_step)
         if ended.next_phase is not None:
@@ -227,8 +239,9 @@ class Run:
     def end(self) -> Summary:
         """Average what is left, evaluate the consensus model, and sum up."""
         self.record(self._sync.finish())
-        if self._last.get("samples") != self._sync.samples:
+        if self._last.get("samples") != self._sync.samples or (self._job.hosted and not self._over_devices):
             self._evaluate()
+        self._judge_tuned()
         self._save()
         self._await_save()
         if self._sync.world.rank == 0:
@@ -246,6 +259,7 @@ class Run:
             calibration = self._stream.sample_inputs(config.sync.recalibrate_samples, config.eval.batch)
             with sync.consensus(calibration) as model:
                 result = self._step.evaluate(model, batches, sync.collectives)
+                self._judge_devices(model)
         sync.saw_accuracy(result.accuracy)
         self._best = max(self._best, result.accuracy)
         self._last = {
@@ -255,7 +269,33 @@ class Run:
             "test_loss": result.loss,
             "test_accuracy": result.accuracy,
         }
-        self._records.write("eval", self._last)
+        about = {"virtual_s": self._virtual_s} if self._job.hosted is not None else {}
+        self._records.write("eval", {**self._last, **about, **self._over_devices})
+
+    def _judge_devices(self, model: nn.Module) -> None:
+        """The consensus model on devices' own held-out samples."""
+        hosted, source = self._job.hosted, self._stream
+        if hosted is None or not isinstance(source, DevicePictures) or not self._config.data.test_share:
+            return
+        assert self._sync.devices is not None
+        self._over_devices = judge_all(
+            hosted, model, self._step, source, self._config.eval.batch, self._sync.collectives
+        ).figures(self._sync.devices_ever)
+
+    def _judge_tuned(self) -> None:
+        """At the end: the same after each device trained on with its own samples."""
+        hosted, source = self._job.hosted, self._stream
+        wanted = self._config.data.test_share and self._config.federated.finetune_steps
+        if hosted is None or not isinstance(source, DevicePictures) or not wanted:
+            return
+        with self._sync.clock.off("eval"):
+            rate = self._rate_at_end()
+            tuned = judge_tuned(hosted, self._sync, self._step, source, self._config, rate)
+        self._over_devices |= tuned.figures(self._sync.devices_ever, prefix="tuned_")
+
+    def _rate_at_end(self) -> float:
+        """The rate of the latest round, since a schedule's end may be zero."""
+        return float(self._sync.optimizer.param_groups[0]["lr"])
 
     def _save(self) -> None:
         sync = self._sync
@@ -295,6 +335,7 @@ class Run:
             "best": self._best,
             "last": self._last,
             "skipped": self._skipped,
+            "virtual_s": self._virtual_s,
             "alone": self._alone,
             "next_eval": self._next_eval,
             "next_save": self._next_save,
@@ -349,6 +390,8 @@ class Run:
             "skipped_steps": self._skipped,
             "peak_memory_bytes": peak_memory_bytes(sync.world.device),
             **self._facts,
+            **({"virtual_s": self._virtual_s} if self._job.hosted is not None else {}),
+            **self._over_devices,
             "wall_s": self._wall_s(),
         }
 
