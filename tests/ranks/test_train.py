@@ -159,12 +159,6 @@ def test_reading_through_a_loader_resumes_exactly_too(tmp_path: Path, workers: i
     resume_exactly(tmp_path, 2, data=data)
 
 
-def test_a_checkpoint_of_another_world_is_refused(whole: Path) -> None:
-    config = settings(whole.parent, "other", run={"resume": str(max((whole / "checkpoints").iterdir()))})
-    with pytest.raises(RankError, match="was written by 2 ranks; start as many"):
-        run(3, in_process, config)
-
-
 def test_a_checkpoint_of_another_policy_is_refused_and_the_run_stays(whole: Path) -> None:
     kept = (whole / "config.toml").read_bytes()
     config = settings(whole.parent, "whole", run={"resume": "auto"})

@@ -17,7 +17,7 @@ from torch import nn
 from trainer.config.config import to_dict
 from trainer.control.controller import Phase
 from trainer.control.rounds import Round
-from trainer.data import DevicePictures, ShardStream, Transform, split_evenly
+from trainer.data import DevicePictures, ShardStream, Transform, open_part, split_evenly
 from trainer.data.reading import one_line
 from trainer.errors import ConfigError
 from trainer.log import LOG
@@ -29,6 +29,7 @@ from trainer.loop.lock import RunLock
 from trainer.loop.manifest import Manifest, load_rank
 from trainer.loop.optimizer import learning_rate
 from trainer.loop.random_state import random_state, restore_random_state
+from trainer.loop.regroup import consensus
 from trainer.loop.saving import Saving
 from trainer.loop.start import Start, decided, described, find_start, prepare
 from trainer.loop.step import LocalStep
@@ -87,7 +88,7 @@ class Run:
         decided(via, self._take_lock)
         start = find_start(self._config, folder, sync.replica.model, via)
         prepared = decided(via, lambda: self._prepare(start))
-        state = load_rank(start.checkpoint, via.rank) if start.checkpoint is not None else None
+        state = self._load(start)
         self._id = start.run
         self._records = self._close.enter_context(open_records(folder, self._config, rank=via.rank))
         self._close.enter_context(stop_signals(sync))
@@ -131,14 +132,31 @@ class Run:
         self._close.close()
         self._stream.close()
 
+    def _load(self, start: Start) -> dict[str, Any] | None:
+        """What the checkpoint holds for this rank; None without one."""
+        if start.checkpoint is None or start.manifest is None:
+            return None
+        wrote, world = start.manifest.ranks, self._sync.world
+        if wrote == world.size:
+            return load_rank(start.checkpoint, world.rank)
+        return consensus(start.checkpoint, wrote, self._config.sync.state)
+
     def _restore(self, state: dict[str, Any], start: Start) -> None:
-        sync = self._sync
+        sync, wrote, ranks = self._sync, state["sync"]["ranks"], self._sync.world.size
         sync.replica.model.load_state_dict(state["model"])
         sync.optimizer.load_state_dict(state["optimizer"])
-        sync.load_state_dict(state["sync"])
-        self._stream.seek(state["consumed"])
+        past = [(count, read) for count, read in state["past"]]
+        if wrote == ranks:
+            sync.load_state_dict(state["sync"])
+            restore_random_state(state["random"], sync.world.device)
+        else:
+            sync.load_consensus(state["sync"])
+            past.append((wrote, state["consumed"]))
+        if past and isinstance(self._stream, ShardStream):
+            data, seed = self._config.data, self._config.run.seed
+            self._stream.deal_anew(open_part(data, train=True, seed=seed), past)
+        self._stream.seek(state["consumed"] if wrote == ranks else 0)
         self._step.scaler.load_state_dict(state["scaler"])
-        restore_random_state(state["random"], sync.world.device)
         self._best, self._skipped, self._alone = state["best"], state["skipped"], state["alone"]
         self._last, self._saved = state["last"], sync.local_step
         self._virtual_s = state["virtual_s"]
@@ -331,6 +349,7 @@ class Run:
             "random": random_state(sync.world.device),
             "sync": sync.state_dict(),
             "consumed": self._stream.consumed,
+            "past": [list(world) for world in self._stream.past] if isinstance(self._stream, ShardStream) else [],
             "scaler": self._step.scaler.state_dict(),
             "best": self._best,
             "last": self._last,

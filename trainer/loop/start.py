@@ -65,6 +65,8 @@ def find_start(config: Config, folder: Path, model: nn.Module, via: Collectives)
             start.run, start.checkpoint, start.manifest = manifest.run, path, manifest
             _refuse(manifest, config, model, via.size)
             start.changed = list(_changed(manifest.config, to_dict(config)))
+            if manifest.ranks != via.size:
+                start.changed.append(f"there are {via.size} ranks now, and were {manifest.ranks}")
             break
         if resume != "auto":
             raise ConfigError(f"run.resume = {resume!r}: {problem}; give auto, or another folder checkpoints/step-N")
@@ -160,8 +162,12 @@ def _refuse(manifest: Manifest, config: Config, model: nn.Module, ranks: int) ->
         pairs = zip_longest(manifest.parameters, ours, fillvalue=["nothing"])
         before, now = (" ".join(map(str, each)) for each in next(pair for pair in pairs if pair[0] != pair[1]))
         raise ConfigError(f"task.model = {config.task.model!r}: {where} holds {before} where this has {now}; {mend}")
-    if manifest.ranks != ranks:
-        raise ConfigError(f"run.resume: {where} was written by {manifest.ranks} ranks; start as many")
+    private = config.federated.is_on or config.data.partition != "iid"
+    if manifest.ranks != ranks and private:
+        raise ConfigError(
+            f"data.partition = {config.data.partition!r}: {where} was written by {manifest.ranks} ranks, and data is "
+            "private to a rank or device; start as many"
+        )
 
 
 def described(model: nn.Module) -> list[list[Any]]:

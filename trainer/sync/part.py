@@ -212,7 +212,7 @@ class Part:
         """Go on from a checkpoint."""
         device = self.values.device
         if self._base is not None:
-            self._base.copy_(state["base"])
+            self._base.copy_(state.get("base", self.values))  # without one, the replicas are one
         if "outgoing" in state:
             self._outgoing = state["outgoing"].to(device)
         if "correction" in state:
