@@ -206,13 +206,18 @@ class EvalConfig:
 class CheckpointConfig:
     """When a checkpoint is written."""
 
+    every_s: float = 600.0
+    """Seconds between two checkpoints, by rank 0's clock; 0 for none. All ranks write them at one local step, at the
+    next observation."""
     every_samples: int | None = None
-    """Samples (over all ranks) between two checkpoints; without it, one at the end and one when told to stop."""
+    """Samples (over all ranks) between two checkpoints, besides; one is written at the end and one when told to stop in
+    any case."""
     keep: int = 2
     """Newest checkpoints kept."""
 
     def __post_init__(self) -> None:
         require_types(self)
+        require("every_s", self.every_s, self.every_s >= 0, "must be 0 or more seconds")
         require_at_least(self, 1, "every_samples", "keep")
 
 

@@ -18,6 +18,8 @@ from trainer.errors import MismatchError
 
 Floats = npt.NDArray[np.float64]
 
+SAVE, STOP = 1.0, 2.0
+"""Wishes: a checkpoint; a checkpoint and the end."""
 SKETCH = 256
 """Values of a gradient's sketch: a product of two gradients is then off by 1/16 of the product of their norms (standard
 deviation), which is about what the gradients' own noise does to it."""
@@ -47,7 +49,7 @@ MOST = (
     "slowest_compute_s",
     "transfer_s",
     "memory",
-    "stop",
+    "wish",
     "in_a_row",
     "grad_change",
     "grad_apart",
@@ -116,8 +118,8 @@ class Report:
     """Local steps skipped one after another, up to now."""
     sent_bytes: float = 0.0
     """Bytes sent since the last report."""
-    stop: bool = False
-    """This rank was asked to stop."""
+    wish: float = 0.0
+    """What this rank was asked for: nothing, `SAVE` or `STOP`; the largest of any rank's counts."""
     memory: float = 0.0
     """Most memory ever held, as a share of what there is."""
     grad_sq: float = math.nan
@@ -265,8 +267,8 @@ class Total:
 
     @classmethod
     def restored(cls, state: Mapping[str, Any]) -> Total:
-        """The Total whose `state` this is; a stop that was asked for then has been."""
-        most = {**state["most"], "stop": 0.0}
+        """The Total whose `state` this is; what was wished for then has been."""
+        most = {**state["most"], "wish": 0.0}
         samples = np.asarray(state["weight_by_rank"], dtype=np.float64)
         return cls(**{**state, "differing": tuple(state["differing"]), "most": most, "weight_by_rank": samples})
 

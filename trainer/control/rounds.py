@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from trainer.control.controller import Controller, Phase
-from trainer.control.reports import Report, Total
+from trainer.control.reports import SAVE, STOP, Report, Total
 from trainer.control.signals import Signals, reduce
 from trainer.federated.cohorts import DeviceRound
 from trainer.plan import Decision, Observation, Plan
@@ -68,6 +68,8 @@ class Rounds:
         self._carried_out = carried_out or (lambda plan: plan)
         self.stopping = False
         """Some rank was asked to stop."""
+        self.saving = False
+        """Some rank was asked for a checkpoint, and none was written since."""
         self.accuracy = math.nan
         """The latest evaluation's."""
         self.total_samples: int | None = None
@@ -112,7 +114,8 @@ class Rounds:
         progress = seen.samples / self.total_samples if self.total_samples else math.nan
         seen = replace(seen, ran=sent.phase.plan, progress=progress, test_accuracy=self.accuracy, **known)
         self._agreed_samples = seen.samples
-        self.stopping = self.stopping or total.most["stop"] > 0
+        self.stopping = self.stopping or total.most["wish"] >= STOP
+        self.saving = self.saving or total.most["wish"] == SAVE
         self._told.append(Told(seen, sent.phase, int(total.most["in_a_row"]), tuple(total.left_out), devices))
 
     def decide(self) -> list[Round]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
 import time
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 import torch
 from torch import nn
@@ -23,6 +25,9 @@ from trainer.loop.reference import recorded_reference
 from trainer.loop.step import LocalStep
 from trainer.sync.local_sgd import LocalSGD
 from trainer.tasks import build_model, loss_function, parameter_count
+
+AGAIN_S = 2.0
+"""A SIGINT sooner after the first is the same one: a terminal sends it to every process, and torchrun passes it on."""
 
 
 @dataclass(frozen=True)
@@ -89,13 +94,24 @@ class Job:
 
 @contextmanager
 def stop_signals(sync: LocalSGD) -> Iterator[None]:
-    """SIGTERM and SIGUSR1 (a scheduler's notice) end the run at the next observation, with a checkpoint."""
+    """SIGTERM, SIGUSR1 (a scheduler's notice) and the first SIGINT end the run at the next observation, with a
+    checkpoint; another SIGINT ends it at once."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    asked_at = math.inf
+
+    def heed(number: int, frame: FrameType | None) -> None:
+        nonlocal asked_at
+        now = time.monotonic()
+        if number == signal.SIGINT and now - asked_at > AGAIN_S:
+            raise KeyboardInterrupt
+        asked_at = min(asked_at, now)
+        sync.ask_to_stop()
+
     for number in kept:
-        signal.signal(number, lambda *_: sync.ask_to_stop())
+        signal.signal(number, heed)
     try:
         yield
     finally:

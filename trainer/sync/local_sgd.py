@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from trainer.config.federated import check_federated, device_plan
 from trainer.config.sync import SyncConfig, check_plans, check_scaler, sync_config_of
 from trainer.control.controller import Controller
-from trainer.control.reports import Total
+from trainer.control.reports import SAVE, STOP, Total
 from trainer.control.rounds import Round, Rounds
 from trainer.data.planned import PlannedBatches, Uneven
 from trainer.distributed.board import told
@@ -42,6 +42,7 @@ from trainer.sync.gradient_average import GradientAverage
 from trainer.sync.host import Host, check_devices
 from trainer.sync.layout import refuse_model, refuse_optimizer
 from trainer.sync.progress import Progress, optimizer_settings
+from trainer.sync.regroup import regrouped
 from trainer.sync.replica import Replica
 from trainer.sync.scaled_rate import ScaledRate
 from trainer.sync.synced_model import SyncedModel
@@ -510,7 +511,16 @@ class LocalSGD:
 
     def ask_to_stop(self) -> None:
         """Make all ranks stop at the next observation: `batches` ends on each, and `stopping` is true."""
-        self._progress.stop_asked = True
+        self._progress.wish = STOP
+
+    def ask_to_save(self) -> None:
+        """Make `take_save` true on all ranks at the next observation, at the same local step."""
+        self._progress.wish = max(self._progress.wish, SAVE)
+
+    def take_save(self) -> bool:
+        """Whether some rank has asked for a checkpoint, and all know; true once."""
+        asked, self._told.saving = self._told.saving, False
+        return asked
 
     @contextmanager
     def consensus(self, calibration: Iterable[Any] = ()) -> Iterator[nn.Module]:
@@ -638,6 +648,7 @@ class LocalSGD:
     def state_dict(self) -> dict[str, Any]:
         """The place within round and phase, for a checkpoint; model and optimizer are saved by their owners."""
         return {
+            "ranks": self.world.size,
             "progress": self._progress.state_dict(),
             "replica": self.replica.state_dict(),
             "told": self._told.state_dict(),
@@ -659,6 +670,10 @@ class LocalSGD:
             raise ConfigError(
                 f"state of LocalSGD has no {missing[0]!r}: pass what sync.state_dict() gave, of this version"
             )
+        if state["ranks"] != self.world.size:
+            raise ConfigError(
+                f"state of LocalSGD is of {state['ranks']} ranks, and there are {self.world.size}: start as many"
+            )
         self._progress.load_state_dict(state["progress"])
         if self.replica.load_state_dict(state["replica"]):
             self._averager.retake()
@@ -674,6 +689,18 @@ class LocalSGD:
         if self._host is not None:
             self._host.load_state_dict(state["devices"])
         self.rewrap()
+
+    def load_consensus(self, saved: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint of another number of ranks: called inside the `with` block, once every rank has
+        loaded the consensus of its replicas, and one optimizer state.
+
+        Args:
+            saved: rank 0's `state_dict()` of the ranks that wrote it.
+        """
+        self.load_state_dict(regrouped(self.state_dict(), saved))
+        self.replica.remember_rests()
+        self._early.begin_round(self.plan)
+        self._progress.ledger.begin(self.clock.read(), self.collectives.sent_bytes)
 
 
 def _check_kinds(model: Any, optimizer: Any, world: Any, scaler: Any, devices: Any) -> None:

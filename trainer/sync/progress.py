@@ -12,7 +12,7 @@ import torch
 from torch.optim import Optimizer
 
 from trainer.config.sync import SyncConfig
-from trainer.control.reports import Report
+from trainer.control.reports import STOP, Report
 from trainer.control.rounds import Rounds
 from trainer.distributed.clock import Clock
 from trainer.distributed.collectives import Collectives
@@ -68,7 +68,8 @@ class Progress:
         """Optimizer steps of the observation that is being gathered."""
         self.transfer_s = math.nan
         """Seconds that this rank's latest transfer took; NaN before the first."""
-        self.stop_asked = False
+        self.wish = 0.0
+        """What this rank was asked for, and has not told the others."""
         self.by_devices = by_devices
         self.ledger = Ledger(device)
         self.notes = GradientNotes(device, settings.observe_steps, alone=collectives.size == 1 and not by_devices)
@@ -139,7 +140,7 @@ class Progress:
         sample, norm = self._replica.sample(self.rounds) if averages == "gradients" and world.size > 1 else (0.0, 0.0)
         report = replace(
             self.place(),
-            stop=self.stop_asked,
+            wish=self.wish,
             state_layout=self._replica.state_layout(),
             changed=self._replica.changed(),
             sample=sample,
@@ -154,6 +155,7 @@ class Progress:
         self.ledger.begin(times, sent_bytes)
         self.notes.begin()
         self.updates = 0
+        self.wish = self.wish if self.wish == STOP else 0.0
         return report
 
     def state_dict(self) -> dict[str, Any]:
