@@ -13,14 +13,15 @@ from ranks import run
 from trainer.config import recipes
 from trainer.distributed.world import World
 
-FLAGS = (
-    "--data.name fake --data.train-limit 400 --data.test-limit 60 --task.model whole_runs:small_model "
-    "--data.partition dirichlet --data.alpha 0.3 --data.min-samples 10 --data.test-share 0.2 "
-    "--federated.devices 12 --federated.cohort 5 --federated.profile lognormal --federated.over-select 1.3 "
-    "--federated.finetune-steps 2 --federated.local-epochs 1 --federated.rule scaffold --optim.momentum 0 "
-    "--optim.no-nesterov --policy.name constant --policy.batch-per-rank 8 --eval.every-samples 300 --run.samples 900 "
-    "--record.reference-s 0 --record.no-tensorboard --record.no-progress --record.no-report"
-).split()
+SAID = """
+--data.name fake --data.train-limit 400 --data.test-limit 60 --task.model whole_runs:small_model
+--data.partition dirichlet --data.alpha 0.3 --data.min-samples 10 --data.test-share 0.2
+--federated.devices 12 --federated.cohort 5 --federated.profile lognormal --federated.over-select 1.3
+--federated.finetune-steps 2 --federated.local-epochs 1 --federated.rule scaffold --optim.momentum 0
+--optim.no-nesterov --policy.name constant --policy.batch-per-rank 8 --eval.every-samples 300 --run.samples 900
+--record.reference-s 0 --record.no-tensorboard --record.no-progress --record.no-report
+"""
+FLAGS = SAID.split()
 
 
 def whole(world: World, root: str, *more: str) -> Any:
