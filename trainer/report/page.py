@@ -93,7 +93,7 @@ def html(runs: Sequence[Run], shared: Sequence[Picture], own: Sequence[Picture |
     body = [
         f"<h1>{escape(title)}</h1>",
         _tiles(runs[0]) if len(runs) == 1 else _lead(runs),
-        f'<div class="grid">{"".join(map(_figure, shared))}</div>',
+        f'<div class="grid">{"".join(map(figure, shared))}</div>',
         "" if shared else '<p class="faint">No round and no evaluation is recorded yet.</p>',
         _time_to_accuracy(runs) if len(runs) > 1 else "",
         *(_run(i, run, picture) for i, (run, picture) in enumerate(zip(runs, own, strict=True))),
@@ -101,12 +101,17 @@ def html(runs: Sequence[Run], shared: Sequence[Picture], own: Sequence[Picture |
         _all_figures(runs),
         *(_config(i, run) for i, run in enumerate(runs)),
     ]
+    return document(f"Report: {title}", body)
+
+
+def document(title: str, body: Iterable[str]) -> str:
+    """One HTML file that needs no network, in the report's style."""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
         "style-src 'unsafe-inline'\">\n"
-        f"<title>Report: {escape(title)}</title>\n<style>{CSS}</style>\n</head>\n<body>\n"
+        f"<title>{escape(title)}</title>\n<style>{CSS}</style>\n</head>\n<body>\n"
         + "\n".join(part for part in body if part)
         + "\n</body>\n</html>\n"
     )
@@ -142,8 +147,7 @@ def _lead(runs: Sequence[Run]) -> str:
     beside = (
         "The last column is the first run's training time over this run's, to the highest accuracy that both reached."
     )
-    table = _table(head, rows, kind="lead")
-    return f'{table}<p class="faint">{beside}</p><div class="about">{abouts}</div>'
+    return f'{table(head, rows, kind="lead")}<p class="faint">{beside}</p><div class="about">{abouts}</div>'
 
 
 def _last_speedup(reference: Run, run: Run) -> str:
@@ -161,7 +165,8 @@ def _mark(run: Run) -> str:
     return "" if run.finished else f'<span class="mark">{escape(run.state())} samples</span>'
 
 
-def _figure(picture: Picture) -> str:
+def figure(picture: Picture) -> str:
+    """A picture in the page itself, with its note."""
     data = base64.b64encode(picture.png).decode()
     note = f"<figcaption>{escape(picture.note)}</figcaption>" if picture.note else ""
     return f'<figure><img alt="{escape(picture.title)}" src="data:image/png;base64,{data}">{note}</figure>'
@@ -180,7 +185,7 @@ def _time_to_accuracy(runs: Sequence[Run]) -> str:
     none = [run.label for run, those in zip(runs[1:], found, strict=True) if not those]
     left = f'<p class="faint">No accuracy reached by both: {escape(", ".join(none))}.</p>' if none else ""
     head = ("test accuracy", *(run.label for run in runs[1:]))
-    return f'{title}<p class="faint">{escape(figures.TIME_TO_ACCURACY)}</p>{_table(head, rows)}{left}'
+    return f'{title}<p class="faint">{escape(figures.TIME_TO_ACCURACY)}</p>{table(head, rows)}{left}'
 
 
 def _all_figures(runs: Sequence[Run]) -> str:
@@ -190,7 +195,7 @@ def _all_figures(runs: Sequence[Run]) -> str:
     rows = [["state", *(escape(run.state()) for run in runs)]]
     for key, name, form in (*FIGURES, *((key, key, text.plain) for key in more)):
         rows.append([escape(name), *(escape(_formed(form, run.figures.get(key))) for run in runs)])
-    return _table(("figure", *(run.label for run in runs)), rows, kind="figures")
+    return table(("figure", *(run.label for run in runs)), rows, kind="figures")
 
 
 def _formed(form: Form, value: Any) -> str:
@@ -215,9 +220,9 @@ def _run(i: int, run: Run, picture: Picture | None) -> str:
         for phase in run.phases
     ]
     head = ("phase", "name", "batch a rank", "sync period", "LR scale", "from sample", "samples", "why")
-    drawn = _figure(picture) if picture else '<p class="faint">No round and no evaluation is recorded yet.</p>'
+    drawn = figure(picture) if picture else '<p class="faint">No round and no evaluation is recorded yet.</p>'
     return (
-        f"<h2>Phases of {_name(i, run)}</h2>{_table(head, phases, words_last=True)}"
+        f"<h2>Phases of {_name(i, run)}</h2>{table(head, phases, words_last=True)}"
         f'<div class="grid">{drawn}<div>{_events(run)}</div></div>'
     )
 
@@ -240,10 +245,10 @@ def _events(run: Run) -> str:
         ]
         for event in events
     ]
-    return "<h3>Events</h3>" + _table(("event", "local step", "samples", "figures"), rows, words_last=True)
+    return "<h3>Events</h3>" + table(("event", "local step", "samples", "figures"), rows, words_last=True)
 
 
-def _table(head: Iterable[str], rows: Iterable[Sequence[str]], *, words_last: bool = False, kind: str = "short") -> str:
+def table(head: Iterable[str], rows: Iterable[Sequence[str]], *, words_last: bool = False, kind: str = "short") -> str:
     """A table that scrolls within the page; cells are HTML already, headings are not."""
     names = list(head)
     classes = [""] * (len(names) - 1) + [' class="words"' * words_last]
