@@ -16,7 +16,7 @@ from statistics import fmean
 from benchmarks.intervals import ratio
 from benchmarks.throughput import cost
 from benchmarks.throughput.records import Measured, load
-from benchmarks.throughput.report import label
+from benchmarks.throughput.suite import label
 from trainer.cli import guarded
 from trainer.errors import ConfigError
 from trainer.report import text

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -24,8 +25,7 @@ from pathlib import Path
 
 from benchmarks.intervals import paired_ratio
 from benchmarks.throughput.records import load
-from benchmarks.throughput.report import label
-from benchmarks.throughput.suite import Case
+from benchmarks.throughput.suite import Case, label
 from trainer.cli import guarded
 from trainer.errors import ConfigError
 from trainer.report import text
@@ -34,9 +34,9 @@ ROOT = Path(__file__).resolve().parent.parent
 RANKS = 2
 FLAGS = (
     "--models fedavg_cnn --batches 32 --periods 1 16 --wire-formats float32 int4 --image-size 28 "
-    f"--world-sizes {RANKS} --repeats 1 --seconds 2 --no-links"
+    f"--world-sizes {RANKS} --repeats 1 --seconds 2 --no-links --no-report"
 )
-LEAST_PAIRS = 3
+LEAST_PAIRS = 2
 
 
 def main(argv: Sequence[str]) -> int:
@@ -97,7 +97,7 @@ def checked_out(commit: str, folder: Path) -> Path:
 
 
 def measure_pairs(ours: Path, theirs: Path, folder: Path, until: float) -> dict[Case, list[tuple[float, float]]]:
-    """Samples/s of both, pair after pair, each side first in turn; as many pairs as the time allows, three at least."""
+    """Samples/s of both, pair after pair, each side first in turn; as many pairs as the time allows, two at least."""
     pairs: dict[Case, list[tuple[float, float]]] = {}
     number, longest = 0, 0.0
     while number < LEAST_PAIRS or time.monotonic() + longest < until:
@@ -124,7 +124,7 @@ def _rates(side: Path, out: Path) -> dict[Case, float]:
         check=False,
     )
     if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.startswith("benchmarks.throughput")]
+        lines = re.findall(r"^(?:benchmarks\.throughput|\w+Error): .*$", done.stderr, re.MULTILINE)
         said = lines[0] if lines else done.stderr.strip()[-300:]
         raise ConfigError(f"{side.name}: could not be measured ({said}); name another --base")
     return {case: runs[0].figures["samples_per_s"] for case, runs in load(out).by_case.items()}

@@ -21,7 +21,7 @@ from benchmarks.intervals import spread
 from benchmarks.throughput import cost
 from benchmarks.throughput.records import Measured, load
 from benchmarks.throughput.scaling import Curve, curves
-from benchmarks.throughput.suite import Case
+from benchmarks.throughput.suite import label, short_name
 from trainer.cli import guarded
 from trainer.errors import ConfigError
 from trainer.report import text
@@ -113,7 +113,7 @@ def _curves(found: Sequence[Curve], words: str) -> Figure:
     lower.minorticks_off()
     upper.set_ylabel("samples/s, all ranks")
     title_axes(lower, "", "ranks", "efficiency")
-    upper.set_title(f"{words} scaling of {text_short(found[0].model)}")
+    upper.set_title(f"{words} scaling of {short_name(found[0].model)}")
     drawing.align_ylabels([upper, lower])
     legend(drawing, *upper.get_legend_handles_labels())
     return drawing
@@ -155,19 +155,6 @@ def _links(measured: Measured, model: cost.CostModel) -> Figure:
     title_axes(axes, "Transfers between ranks", "bytes that a rank sends", "milliseconds")
     legend(drawing, *axes.get_legend_handles_labels())
     return drawing
-
-
-def text_short(name: str) -> str:
-    """A model's name, without the module of one's own."""
-    return name.rpartition(":")[2]
-
-
-def label(case: Case) -> str:
-    """A case in a few words."""
-    return (
-        f"{text_short(case.model)}, b {case.batch_per_rank}, H {case.sync_period_steps}, {case.wire_format}, "
-        f"{case.ranks}"
-    )
 
 
 # ---- page

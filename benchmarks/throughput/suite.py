@@ -98,6 +98,8 @@ class Suite:
     """Also measure transfers between ranks, which the cost model needs."""
     out: str = "runs/throughput"
     """Folder of the records and the report. What is there already is not measured again."""
+    report: bool = True
+    """Draw the report and fit the cost model at the end."""
     quick: bool = False
     """One model, short figures, two repeats: less than three minutes on two ranks."""
 
@@ -177,3 +179,16 @@ def case_of(table: dict[str, Any]) -> Case:
     case = Case(**table)
     assert case.wire_format in get_args(WireFormat)
     return case
+
+
+def short_name(name: str) -> str:
+    """A model's name, without the module of one's own."""
+    return name.rpartition(":")[2]
+
+
+def label(case: Case) -> str:
+    """A case in a few words."""
+    return (
+        f"{short_name(case.model)}, b {case.batch_per_rank}, H {case.sync_period_steps}, {case.wire_format}, "
+        f"{case.ranks}"
+    )
