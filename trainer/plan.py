@@ -59,6 +59,17 @@ class Plan:
         return ("nothing", "gradients")[self.sync_period_steps] if self.sync_period_steps < 2 else "parameters"
 
 
+@dataclass(frozen=True)
+class DevicePlan(Plan):
+    """A Plan as federated devices carry it out: each trains `sync_period_steps` local steps, and their models are
+    averaged at once, however short the period is."""
+
+    @property
+    def averages(self) -> Literal["nothing", "gradients", "parameters"]:
+        """Parameters, always."""
+        return "parameters"
+
+
 NO_PLAN = Plan()
 
 

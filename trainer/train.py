@@ -41,13 +41,14 @@ def train_in(world: World, job: Job) -> Summary | None:
     optimizer = build_optimizer(config.optim, model.parameters(), fused=may_fuse(model, step.scaler))
     stream = ShardStream(job.shard, config.data, world, config.run.seed)
     alone = job.alone or measure_alone(config, step.loss, model, stream, world)
+    source, devices = job.source(stream, world)
 
     settings, policy = config.sync, config.policy
     with (
-        LocalSGD(model, optimizer, policy, settings=settings, world=world, scaler=step.scaler) as sync,
-        Run(job, sync, step, stream, alone) as run,
+        LocalSGD(model, optimizer, policy, settings=settings, world=world, scaler=step.scaler, devices=devices) as sync,
+        Run(job, sync, step, source, alone) as run,
     ):
-        for inputs, labels in sync.batches(stream, config.run.samples):
+        for inputs, labels in sync.batches(source, config.run.samples):
             set_learning_rate(optimizer, run.rate())
             trained = step(sync, inputs, labels)
             run.record(sync.step(trained.loss, skipped=trained.skipped, correct=trained.correct))

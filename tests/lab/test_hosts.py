@@ -111,6 +111,7 @@ def test_cut_cable_ends_every_process_and_leaves_a_whole_checkpoint(work: Work, 
     run = work.folder / "cut"
     with torchruns(STATIC, work.command("cut", "--world.timeout_s", f"{TIMEOUT_S:g}")) as processes:
         await_record(run, "checkpoint")
+        await_checkpoint(run)  # it is written beside training
         hosts_sh("cut", "2")
         # a round's compute before it, two interpreters' end after it, beside other tests
         ended_by = time.monotonic() + TIMEOUT_S + 25
@@ -227,4 +228,12 @@ def await_record(run: Path, what: str) -> None:
         if what in kinds and "round" in kinds[kinds.index(what) :]:
             return
         assert time.monotonic() < end, f"waited {WAIT_S:g} s for {what}"
+        time.sleep(0.05)
+
+
+def await_checkpoint(run: Path) -> None:
+    """Wait until a checkpoint is whole."""
+    end = time.monotonic() + WAIT_S
+    while not any((run / "checkpoints").glob("step-*[0-9]")):
+        assert time.monotonic() < end, f"waited {WAIT_S:g} s for a checkpoint"
         time.sleep(0.05)

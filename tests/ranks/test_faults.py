@@ -66,15 +66,15 @@ def test_too_many_bad_losses_end_the_run_on_every_rank(tmp_path: Path, first: st
     config = settings(tmp_path, "nan", task={"loss": "test_faults:nan_loss"}, policy={"first": first})
     codes, said = end(start(config, tmp_path))
     assert codes == [1, 1]
-    assert said.count("no finite loss in") == 2
+    assert said.count("no finite loss and gradient in") == 2
     assert "Traceback" not in said
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_to_one_rank_leaves_a_checkpoint_to_go_on_from(whole: Path, number: signal.Signals) -> None:
     root, name = whole.parent, f"stopped-{number.name}"
     config = settings(root, name, checkpoint={"every_samples": 10**6})
-    processes = start(config, root, forked=number == signal.SIGUSR1)  # the real command, once
+    processes = start(config, root, forked=number != signal.SIGTERM)  # the real command, once
     folder, deadline = root / name, time.monotonic() + 60
     # a round's record says that rank 1 has begun to train, and so to heed signals
     while time.monotonic() < deadline and not (folder / "metrics.jsonl").exists():
@@ -82,8 +82,10 @@ def test_a_signal_to_one_rank_leaves_a_checkpoint_to_go_on_from(whole: Path, num
     while time.monotonic() < deadline and not any(line["kind"] == "round" for line in records(folder)):
         time.sleep(0.01)
     processes[1].send_signal(number)
+    processes[1].send_signal(number)  # a launcher passes on what the terminal has sent already
     codes, said = end(processes)
     assert codes == [1, 1]
+    assert "Traceback" not in said
     assert not (folder / "summary.json").exists()
     assert [line["what"] for line in lines(folder) if line["kind"] == "event"][1:] == ["stopped", "checkpoint"], said
     run(2, in_process, settings(root, name, checkpoint={"every_samples": 10**6}, run={"resume": "auto"}))

@@ -88,10 +88,13 @@ def test_the_library_logs_under_its_name_and_is_silent_until_asked() -> None:
 
 
 def test_a_folder_that_is_moved_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    from trainer.records.writer import prepare_folder
+    from trainer.loop.lineage import Prepared, begin_afresh
+    from trainer.loop.lock import RunLock
 
     folder = write_run(tmp_path / "a", facts=False, ended=False)
     with caplog.at_level(logging.DEBUG, logger="ebbtide"):
-        assert prepare_folder(folder, resuming=False, metrics_bytes=0) == tmp_path / "a.1"
-        assert prepare_folder(folder, resuming=False, metrics_bytes=0) is None
+        lock = RunLock(folder)
+        assert begin_afresh(folder, lock) == Prepared(aside=tmp_path / "a.1")
+        assert begin_afresh(folder, lock) == Prepared()
+        lock.release()
     assert [record.getMessage() for record in caplog.records] == [f"{folder} was moved to {tmp_path / 'a.1'}"]

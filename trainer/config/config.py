@@ -7,6 +7,7 @@ import json
 from dataclasses import Field, dataclass, fields, replace
 from typing import Any, Literal
 
+from trainer.config.federated import FederatedConfig, check_federated, check_local_optimizer
 from trainer.config.sync import SyncConfig, check_plans, check_scaler
 from trainer.errors import ConfigError, require, require_at_least
 from trainer.fields import require_types
@@ -63,7 +64,18 @@ class DataConfig:
     root: str = "data"
     """Folder of the data set's files (imagefolder: holds train/ and val/)."""
     partition: str = "iid"
-    """How samples are shared out to the ranks."""
+    """How samples are shared out to the ranks or devices: iid, dirichlet (by label), dirichlet_device, classes, shards,
+    quantity, natural, file, or a registered name."""
+    alpha: float = 0.5
+    """Concentration of dirichlet, dirichlet_device and quantity: small is skewed, large near iid."""
+    classes_per_device: int = 2
+    """Classes that a device holds (classes), or pieces of one (shards)."""
+    min_samples: int = 1
+    """Fewest samples of a rank or device."""
+    partition_file: str | None = None
+    """For file: the device of every sample, a number a line."""
+    test_share: float = 0.0
+    """Share of each device's samples that is held out to judge the model on its own data."""
     on_device: bool = True
     """Hold the shard as uint8 tensors on the device, where the data set has tensors; else read it through workers."""
     workers: int = 2
@@ -82,7 +94,11 @@ class DataConfig:
     def __post_init__(self) -> None:
         require_types(self)
         require_at_least(self, 0, "workers", "crop_padding")
-        require_at_least(self, 1, "image_size", "train_limit", "test_limit")
+        require_at_least(self, 1, "image_size", "train_limit", "test_limit", "classes_per_device", "min_samples")
+        require("alpha", self.alpha, self.alpha > 0, "must be above 0")
+        require("test_share", self.test_share, 0 <= self.test_share < 1, "must be in 0 .. 1")
+        named = (self.partition == "file") == (self.partition_file is not None)
+        require("partition_file", self.partition_file, named, "goes with data.partition = file, and only with it")
 
 
 @dataclass(frozen=True)
@@ -190,13 +206,18 @@ class EvalConfig:
 class CheckpointConfig:
     """When a checkpoint is written."""
 
+    every_s: float = 600.0
+    """Seconds between two checkpoints, by rank 0's clock; 0 for none. All ranks write them at one local step, at the
+    next observation."""
     every_samples: int | None = None
-    """Samples (over all ranks) between two checkpoints; without it, one at the end and one when told to stop."""
+    """Samples (over all ranks) between two checkpoints, besides; one is written at the end and one when told to stop in
+    any case."""
     keep: int = 2
     """Newest checkpoints kept."""
 
     def __post_init__(self) -> None:
         require_types(self)
+        require("every_s", self.every_s, self.every_s >= 0, "must be 0 or more seconds")
         require_at_least(self, 1, "every_samples", "keep")
 
 
@@ -233,15 +254,25 @@ class Config:
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     record: RecordConfig = RecordConfig()
+    federated: FederatedConfig = FederatedConfig()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "policy", policy_of(self.policy))
         require_types(self)
         try:
-            check_plans(self.sync, self.policy.plans())
+            if self.federated.is_on:
+                check_federated(self.federated, self.sync, self.policy.plans())
+            else:
+                check_plans(self.sync, self.policy.plans())
             check_scaler(self.sync, used=self.step.precision == "fp16")
         except ConfigError as error:
             raise ConfigError(f"sync.{error}") from None
+        try:
+            check_local_optimizer(self.federated, self.optim.name)
+        except ConfigError as error:
+            raise ConfigError(f"federated.{error}") from None
+        held = self.data.test_share == 0 or self.federated.is_on
+        require("data.test_share", self.data.test_share, held, "needs federated.devices")
 
     def named(self) -> Config:
         """This configuration with the run's name filled in."""
@@ -292,4 +323,6 @@ def check_ranks(config: Config, ranks: int) -> None:
         raise ConfigError(
             f"world.ranks = {wanted}: the launcher started {ranks}; mend its --nnodes or --nproc-per-node"
         )
+    devices = config.federated.devices
+    require("federated.devices", devices, devices is None or devices >= ranks, f"fewer than the {ranks} ranks")
     require("run.samples", config.run.samples, config.run.samples >= ranks, f"must be at least one a rank ({ranks})")

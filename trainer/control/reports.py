@@ -18,6 +18,8 @@ from trainer.errors import MismatchError
 
 Floats = npt.NDArray[np.float64]
 
+SAVE, STOP = 1.0, 2.0
+"""Wishes: a checkpoint; a checkpoint and the end."""
 SKETCH = 256
 """Values of a gradient's sketch: a product of two gradients is then off by 1/16 of the product of their norms (standard
 deviation), which is about what the gradients' own noise does to it."""
@@ -40,12 +42,14 @@ SUMMED = (
     "own_noise",
     "mean_noise",
     "sketch_sq",
+    "parts",
+    "spread",
 )
 MOST = (
     "slowest_compute_s",
     "transfer_s",
     "memory",
-    "stop",
+    "wish",
     "in_a_row",
     "grad_change",
     "grad_apart",
@@ -114,8 +118,8 @@ class Report:
     """Local steps skipped one after another, up to now."""
     sent_bytes: float = 0.0
     """Bytes sent since the last report."""
-    stop: bool = False
-    """This rank was asked to stop."""
+    wish: float = 0.0
+    """What this rank was asked for: nothing, `SAVE` or `STOP`; the largest of any rank's counts."""
     memory: float = 0.0
     """Most memory ever held, as a share of what there is."""
     grad_sq: float = math.nan
@@ -133,12 +137,27 @@ class Report:
     sample_norm: float = 0.0
     """Norm of the same parameters."""
     sketch: Sequence[float] | None = None
-    """Sketch of this rank's gradient; None where none is asked for."""
+    """Sketch of this rank's gradient, summed over its parts; None where none is asked for."""
+    sketch_sq: float = 0.0
+    """Squared norms of its parts' sketches."""
+    parts: int = 1
+    """Devices that this rank trained since its last report: itself, or those that it hosts."""
+    weight: float | None = None
+    """Of this rank's replica in the average; None: its samples."""
+    noise: float | None = None
+    """Sum over its parts of 1 / batch at the noted gradients; None: of the mean batch."""
+    spread: float = 0.0
+    """Squared distances of its devices' models from their mean, each times its weight."""
+
+    @property
+    def counts(self) -> float:
+        """What this rank's replica weighs in the average."""
+        return float(self.samples) if self.weight is None else self.weight
 
     @property
     def own(self) -> float:
-        """The samples, or -1 where what this rank sends is not finite."""
-        return float(self.samples) if math.isfinite(self.sq_norm) else -1.0
+        """What it weighs, or -1 where what this rank sends is not finite."""
+        return self.counts if math.isfinite(self.sq_norm) else -1.0
 
     def sums(self, ranks: int) -> list[float]:
         """What is summed over the ranks."""
@@ -147,10 +166,10 @@ class Report:
         weight = self.grad_weight if self.grad_weight == self.grad_weight else 1 / ranks
         known = {
             "sq_norm": finite,
-            "weighted_sq_norm": finite * self.samples,
-            "own_noise": noise,
+            "weighted_sq_norm": finite * self.counts,
+            "grad_sq": self.grad_sq * self.parts if self.parts else 0.0,
+            "own_noise": noise if self.noise is None else self.noise,
             "mean_noise": noise * weight**2,
-            "sketch_sq": sum(value * value for value in self.sketch or ()),
         }
         return [*(float(known.get(name, getattr(self, name, 0.0))) for name in SUMMED), *(self.sketch or ())]
 
@@ -185,13 +204,14 @@ class Total:
     """By the names of `SUMMED`."""
     most: Mapping[str, float]
     """The largest of any rank, by the names of `MOST`."""
-    samples_by_rank: Floats
-    """Trained since the last report, by rank; -1 where what the rank sent is not finite."""
+    weight_by_rank: Floats
+    """Of each rank's replica in the average, by rank: its samples, or its devices' weights; -1 where what the rank
+    sent is not finite."""
     sketch: Sequence[float]
     """Sum of the ranks' sketches."""
 
     @classmethod
-    def of(cls, sums: Sequence[float], mosts: Sequence[float], samples_by_rank: npt.ArrayLike) -> Total:
+    def of(cls, sums: Sequence[float], mosts: Sequence[float], weight_by_rank: npt.ArrayLike) -> Total:
         """What the shared numbers say."""
         compared = len(COMPARED)
         high, low = mosts[len(MOST) : len(MOST) + compared], mosts[len(MOST) + compared :]
@@ -200,21 +220,26 @@ class Total:
         most["grad_change"] = most["grad_change"] if most["grad_change"] >= 0 else math.nan
         summed = dict(zip(SUMMED, sums, strict=False))
         alike = dict(zip(COMPARED, high, strict=True))
-        samples = np.asarray(samples_by_rank, dtype=np.float64)
+        samples = np.asarray(weight_by_rank, dtype=np.float64)
         return cls(len(samples), alike, differing, summed, most, samples, sums[len(SUMMED) :])
 
     def weights(self) -> Floats:
-        """Each rank's share of the average, by the samples it trained; they sum to 1.
+        """Each rank's share of the average, by its samples or its devices' weights; they sum to 1.
 
         A rank whose numbers are not finite has none, and where nobody trained all finite ones have the same.
         """
-        return weights_of(self.samples_by_rank)
+        return weights_of(self.weight_by_rank)
 
     def mean_sq_norm(self) -> float:
         """Mean squared norm of what was sent, by the same weights."""
-        trained = float(self.samples_by_rank.clip(0).sum())
-        finite = int((self.samples_by_rank >= 0).sum()) or 1
+        trained = float(self.weight_by_rank.clip(0).sum())
+        finite = int((self.weight_by_rank >= 0).sum()) or 1
         return self.sums["weighted_sq_norm"] / trained if trained else self.sums["sq_norm"] / finite
+
+    def mean_spread(self) -> float:
+        """Squared distance of devices' models from their rank's mean, by the same weights; 0 without devices."""
+        weight = float(self.weight_by_rank.clip(0).sum())
+        return self.sums["spread"] / weight if weight else 0.0
 
     @property
     def are_apart(self) -> bool:
@@ -225,7 +250,7 @@ class Total:
     @property
     def left_out(self) -> list[int]:
         """Ranks whose numbers are not finite, where others' are."""
-        out: list[int] = np.flatnonzero(self.samples_by_rank < 0).tolist()
+        out: list[int] = np.flatnonzero(self.weight_by_rank < 0).tolist()
         return out if len(out) < self.ranks else []
 
     def state(self) -> dict[str, Any]:
@@ -236,16 +261,16 @@ class Total:
             "differing": list(self.differing),
             "sums": dict(self.sums),
             "most": dict(self.most),
-            "samples_by_rank": self.samples_by_rank.tolist(),
+            "weight_by_rank": self.weight_by_rank.tolist(),
             "sketch": list(self.sketch),
         }
 
     @classmethod
     def restored(cls, state: Mapping[str, Any]) -> Total:
-        """The Total whose `state` this is; a stop that was asked for then has been."""
-        most = {**state["most"], "stop": 0.0}
-        samples = np.asarray(state["samples_by_rank"], dtype=np.float64)
-        return cls(**{**state, "differing": tuple(state["differing"]), "most": most, "samples_by_rank": samples})
+        """The Total whose `state` this is; what was wished for then has been."""
+        most = {**state["most"], "wish": 0.0}
+        samples = np.asarray(state["weight_by_rank"], dtype=np.float64)
+        return cls(**{**state, "differing": tuple(state["differing"]), "most": most, "weight_by_rank": samples})
 
 
 def weights_of(samples: npt.ArrayLike) -> Floats:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from trainer.control.controller import Controller, Phase
-from trainer.control.reports import Report, Total
+from trainer.control.reports import SAVE, STOP, Report, Total
 from trainer.control.signals import Signals, reduce
-from trainer.plan import Decision, Observation
+from trainer.federated.cohorts import DeviceRound
+from trainer.plan import Decision, Observation, Plan
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Round:
     """What the policy answered."""
     left_out: tuple[int, ...] = ()
     """Ranks whose replicas held values that are not finite, and took the others' average."""
+    devices: DeviceRound | None = None
+    """Which devices took part, where there are any."""
 
 
 @dataclass(frozen=True)
@@ -49,15 +52,24 @@ class Told:
     phase: Phase
     skipped_in_a_row: int
     left_out: tuple[int, ...] = ()
+    devices: DeviceRound | None = None
 
 
 class Rounds:
-    """Carries rounds from the ranks to the controller, in order and the same on every rank."""
+    """Carries rounds from the ranks to the controller, in order and the same on every rank.
 
-    def __init__(self, controller: Controller) -> None:
+    Args:
+        controller: which decides.
+        carried_out: how a Plan of its policy is carried out; None: as it is.
+    """
+
+    def __init__(self, controller: Controller, carried_out: Callable[[Plan], Plan] | None = None) -> None:
         self.controller = controller
+        self._carried_out = carried_out or (lambda plan: plan)
         self.stopping = False
         """Some rank was asked to stop."""
+        self.saving = False
+        """Some rank was asked for a checkpoint, and none was written since."""
         self.accuracy = math.nan
         """The latest evaluation's."""
         self.total_samples: int | None = None
@@ -66,6 +78,11 @@ class Rounds:
         self._agreed_samples = 0
         self._sent: dict[int, Sent] = {}
         self._told: list[Told] = []
+
+    @property
+    def plan(self) -> Plan:
+        """The present round's, as it is carried out."""
+        return self._carried_out(self.controller.plan)
 
     def samples(self, here: int) -> int:
         """Trained by all ranks, as far as this one knows; `here` are those of all that are not yet sent."""
@@ -83,10 +100,13 @@ class Rounds:
         phase = self.controller.phase
         self._sent[report.round] = Sent(phase, samples, report.steps * phase.plan.batch_per_rank)
 
-    def tell(self, total: Total, **known: Any) -> None:
+    def tell(self, total: Total, devices: DeviceRound | None = None, **known: Any) -> None:
         """All ranks' reports of a round are there; keep what they come to until the controller is asked.
 
-        `known` are figures of the Observation that came by other ways.
+        Args:
+            total: the reports.
+            devices: which took part.
+            known: figures of the Observation that came by other ways.
         """
         sent = self._sent.pop(int(total.alike["round"]))
         seen = reduce(total, self._agreed_samples)
@@ -94,8 +114,9 @@ class Rounds:
         progress = seen.samples / self.total_samples if self.total_samples else math.nan
         seen = replace(seen, ran=sent.phase.plan, progress=progress, test_accuracy=self.accuracy, **known)
         self._agreed_samples = seen.samples
-        self.stopping = self.stopping or total.most["stop"] > 0
-        self._told.append(Told(seen, sent.phase, int(total.most["in_a_row"]), tuple(total.left_out)))
+        self.stopping = self.stopping or total.most["wish"] >= STOP
+        self.saving = self.saving or total.most["wish"] == SAVE
+        self._told.append(Told(seen, sent.phase, int(total.most["in_a_row"]), tuple(total.left_out), devices))
 
     def decide(self) -> list[Round]:
         """Let the controller hear what was told, between two rounds; the rounds that it heard of."""
@@ -104,7 +125,7 @@ class Rounds:
             changed = self.controller.observe(told.seen, self.planned(0, told.seen.ranks))
             next_phase = self.controller.phase if changed else None
             decision, skipped = self.controller.decision, told.skipped_in_a_row
-            heard.append(Round(told.seen, told.phase, next_phase, skipped, decision, told.left_out))
+            heard.append(Round(told.seen, told.phase, next_phase, skipped, decision, told.left_out, told.devices))
         self._told.clear()
         return heard
 
@@ -132,6 +153,7 @@ class Rounds:
                 Phase.restored(told["phase"]),
                 told["skipped_in_a_row"],
                 tuple(told["left_out"]),
+                None if told["devices"] is None else DeviceRound.restored(told["devices"]),
             )
             for told in state["told"]
         ]

@@ -40,20 +40,21 @@ def noise(total: Total) -> tuple[float, float]:
     With b_k samples on rank k and weights w_k in the mean, E‖g_k‖² = ‖G‖² + tr Σ / b_k and
     E‖Σ w_k g_k‖² = ‖G‖² + tr Σ · Σ w_k² / b_k; so unequal batches count by their harmonic mean. At period 1 the norm
     of the mean was measured; in a local phase it is put together from the norms and the sketches' products.
+    Ranks here are all parts that noted a gradient: the ranks themselves, or the devices that they host.
     NaN, NaN where a rank has no gradient to tell of, and on one rank.
     """
-    ranks, sums = total.ranks, total.sums
-    own, mean = sums["grad_sq"] / ranks, sums["mean_grad_sq"] / ranks
-    if ranks == 1 or not math.isfinite(own):
+    parts, sums = total.sums["parts"], total.sums
+    if parts < 2 or not math.isfinite(sums["grad_sq"]):
         return math.nan, math.nan
+    own, mean, mean_noise = sums["grad_sq"] / parts, sums["mean_grad_sq"] / parts, sums["mean_noise"]
     if not math.isfinite(mean):
         cross = sum(value * value for value in total.sketch) - sums["sketch_sq"]
-        mean = (sums["grad_sq"] + cross) / ranks**2
-    between = sums["own_noise"] / ranks - sums["mean_noise"]
+        mean, mean_noise = (sums["grad_sq"] + cross) / parts**2, sums["own_noise"] / parts**2
+    between = sums["own_noise"] / parts - mean_noise
     if not between > 0:
         return math.nan, math.nan
     variance = (own - mean) / between
-    return own - variance * sums["own_noise"] / ranks, variance
+    return own - variance * sums["own_noise"] / parts, variance
 
 
 def slope(points: Sequence[tuple[float, float]]) -> float:

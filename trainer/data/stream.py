@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from trainer.config.config import DataConfig
+from trainer.data.deal import Deal, Past, permuted
 from trainer.data.nested import put
 from trainer.data.partition import Indices
 from trainer.data.reading import Failed, as_it_is, dead_worker, mixed_seed, read_batch
@@ -28,30 +29,37 @@ AHEAD = 2
 
 
 class Order:
-    """The endless order of a shard's samples: one permutation an epoch, a pure function of the position."""
+    """The endless order of a shard's samples: one permutation an epoch, a pure function of the position.
 
-    def __init__(self, size: int, seed: int, rank: int) -> None:
+    Before the shard there may be a lead, what was left of earlier epochs, which is read once and in order.
+    """
+
+    def __init__(self, size: int, seed: int, rank: int, lead: int = 0, first_epoch: int = 0) -> None:
         self.size = size
         self.seed, self.rank = seed, rank
+        self.lead, self.first_epoch = lead, first_epoch
         self._permutation = lru_cache(maxsize=2)(self._permute)
 
     def _permute(self, epoch: int) -> Indices:
-        return np.random.default_rng([self.seed, 3, self.rank, epoch]).permutation(self.size)
+        return self.lead + permuted(self.size, self.seed, self.rank, self.first_epoch + epoch)
 
     def places(self, start: int, count: int) -> Indices:
-        """Places within the shard at positions start .. start + count - 1."""
+        """Places within the lead and the shard at positions start .. start + count - 1."""
         parts, position, end = [], start, start + count
+        if position < self.lead:
+            parts.append(np.arange(position, min(end, self.lead)))
+            position += len(parts[0])
         while position < end:
-            epoch, offset = divmod(position, self.size)
+            epoch, offset = divmod(position - self.lead, self.size)
             part = self._permutation(epoch)[offset : offset + end - position]
             parts.append(part)
             position += len(part)
         return np.concatenate(parts)
 
-    def __getstate__(self) -> tuple[int, int, int]:  # reading processes cache their own permutations
-        return self.size, self.seed, self.rank
+    def __getstate__(self) -> tuple[int, ...]:  # reading processes cache their own permutations
+        return self.size, self.seed, self.rank, self.lead, self.first_epoch
 
-    def __setstate__(self, state: tuple[int, int, int]) -> None:
+    def __setstate__(self, state: tuple[int, ...]) -> None:
         self.__init__(*state)  # type: ignore[misc]  # the same fields as from the constructor
 
 
@@ -66,12 +74,34 @@ class ShardStream:
     """
 
     def __init__(self, shard: DataPart, config: DataConfig, world: World, seed: int) -> None:
-        self.consumed = 0
+        self.past: Past = ()
+        """The worlds that read before, each with what its ranks read."""
         self.transform = Transform.of(shard, config, world.device, train=True)
-        self._order = Order(len(shard), seed, world.rank)
-        tensors = config.on_device and isinstance(shard.items, TensorDataset)
+        self._config, self._world = config, world
+        self._open(shard, Order(len(shard), seed, world.rank))
+
+    def _open(self, shard: DataPart, order: Order) -> None:
+        self.consumed = 0
+        self._order = order
+        tensors = self._config.on_device and isinstance(shard.items, TensorDataset)
         reader = TensorReader if tensors else LoaderReader
-        self._reader: TensorReader | LoaderReader = reader(shard.items, self._order, config, world.device)
+        self._reader: TensorReader | LoaderReader = reader(shard.items, order, self._config, self._world.device)
+
+    def deal_anew(self, whole: DataPart, past: Past) -> None:
+        """Read this rank's share of what is left after these worlds, and then its shard.
+
+        Args:
+            whole: the data set, of which only that is kept.
+            past: ranks, and samples that each of them read; the first world first.
+        """
+        rank = self._world.rank
+        deal = Deal.of(len(whole), self._world.size, self._order.seed, past)
+        shard, lead = deal.shards[rank], [part for _, part in deal.leads[rank]]
+        self.close()
+        count = sum(map(len, lead))
+        order = Order(len(shard), self._order.seed, rank, count, deal.first_epoch)
+        self._open(whole.subset(np.concatenate([*lead, shard])), order)
+        self.past = past
 
     def take(self, count: int) -> Batch:
         """The next `count` samples: inputs [count, ...] ready for the model, labels [count]."""
@@ -82,8 +112,9 @@ class ShardStream:
 
     def sample_inputs(self, count: int, batch: int) -> Iterator[Any]:
         """The first `count` inputs of the shard, unaugmented and without moving the stream (for calibration)."""
-        for start in range(0, min(count, self._order.size), batch):
-            places = np.arange(start, min(start + batch, count, self._order.size))
+        held = self._order.lead + self._order.size
+        for start in range(0, min(count, held), batch):
+            places = np.arange(start, min(start + batch, count, held))
             yield self.transform(self._reader.at(places)[0])
 
     def seek(self, consumed: int) -> None:

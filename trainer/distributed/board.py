@@ -6,6 +6,7 @@ import itertools
 import json
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -15,7 +16,8 @@ import torch.distributed as dist
 
 PATIENCE_S = 1.0
 """Seconds that the store may take to answer."""
-_opened = itertools.count()
+_opened: weakref.WeakKeyDictionary[Any, Iterator[int]] = weakref.WeakKeyDictionary()
+"""Numbers of the boards to come, by store."""
 
 
 @dataclass
@@ -37,7 +39,9 @@ class Board:
     def open(cls, rank: int, size: int, group: Any = None) -> Board:
         """The board of a process group's ranks; every rank of it calls this, as often as the others."""
         ranks = "all" if group is None else "-".join(map(str, dist.get_process_group_ranks(group)))
-        return cls(rank, size, dist.distributed_c10d._get_default_store(), f"ebbtide/{ranks}/{next(_opened)}")
+        store = dist.distributed_c10d._get_default_store()
+        number = next(_opened.setdefault(store, itertools.count()))
+        return cls(rank, size, store, f"ebbtide/{ranks}/{number}")
 
     def begin(self) -> None:
         """This rank takes part from its first step on: what it said of an earlier loop counts no more."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
 import time
@@ -9,18 +10,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 import torch
 from torch import nn
 
 from trainer.config.config import Config, check_ranks
-from trainer.data import DataPart, open_part, shard_of
+from trainer.data import DataPart, DevicePictures, ShardStream, open_part
 from trainer.distributed.launcher import read_launch
 from trainer.distributed.world import World
+from trainer.federated.devices import Devices
+from trainer.loop.federated import Hosted, check_fleet, hosted_by, shards_of
 from trainer.loop.reference import recorded_reference
 from trainer.loop.step import LocalStep
 from trainer.sync.local_sgd import LocalSGD
-from trainer.tasks import build_model, loss_function
+from trainer.tasks import build_model, loss_function, parameter_count
+
+AGAIN_S = 2.0
+"""A SIGINT sooner after the first is the same one: a terminal sends it to every process, and torchrun passes it on."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,8 @@ class Job:
     """Samples of the whole training set, over all ranks."""
     started_s: float
     """Seconds since the epoch at the job's beginning."""
+    hosted: Hosted | None = None
+    """The federated devices of this rank, where there are any."""
 
     @classmethod
     def open(cls, config: Config) -> Job:
@@ -47,15 +56,29 @@ class Job:
         seed = config.run.seed
         part = open_part(config.data, train=True, seed=seed)
         test_part = open_part(config.data, train=False, seed=seed)
-        shard = part.subset(shard_of(config.data.partition, len(part), launch.size, launch.rank, seed))
+        shards = shards_of(config, part, launch.size)
+        if config.federated.is_on:
+            mine, hosted = hosted_by(shards, launch.rank, launch.size, config)
+        else:
+            mine, hosted = shards[launch.rank], None
+        shard = part.subset(mine)
         first = torch.as_tensor(shard.items[0][0])
         channels, size = (first.shape[0], first.shape[-1]) if first.dim() == 3 else (1, first.shape[-1])
         torch.manual_seed(seed)
         model = build_model(config.task, shard.classes, channels, size)
+        if config.federated.is_on:
+            check_fleet(config, shards, parameter_count(model))
         folder = Path(config.run.root) / config.run.name
         loss = loss_function(config.task)
         alone = recorded_reference(config)
-        return cls(config, folder, shard, test_part, loss, model, alone, len(part), started_s)
+        return cls(config, folder, shard, test_part, loss, model, alone, len(part), started_s, hosted)
+
+    def source(self, stream: ShardStream, world: World) -> tuple[ShardStream | DevicePictures, Devices | None]:
+        """Where batches come from: the rank's stream, or its devices' samples."""
+        if self.hosted is None:
+            return stream, None
+        stream.close()
+        return DevicePictures(self.shard, self.config.data, world.device), self.hosted.devices
 
     def build(self, world: World) -> tuple[nn.Module, LocalStep]:
         """The model on this rank's device, and the step that trains it."""
@@ -71,13 +94,24 @@ class Job:
 
 @contextmanager
 def stop_signals(sync: LocalSGD) -> Iterator[None]:
-    """SIGTERM and SIGUSR1 (a scheduler's notice) end the run at the next observation, with a checkpoint."""
+    """SIGTERM, SIGUSR1 (a scheduler's notice) and the first SIGINT end the run at the next observation, with a
+    checkpoint; another SIGINT ends it at once."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    asked_at = math.inf
+
+    def heed(number: int, frame: FrameType | None) -> None:
+        nonlocal asked_at
+        now = time.monotonic()
+        if number == signal.SIGINT and now - asked_at > AGAIN_S:
+            raise KeyboardInterrupt
+        asked_at = min(asked_at, now)
+        sync.ask_to_stop()
+
     for number in kept:
-        signal.signal(number, lambda *_: sync.ask_to_stop())
+        signal.signal(number, heed)
     try:
         yield
     finally:

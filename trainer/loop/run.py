@@ -4,76 +4,114 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from datetime import UTC, datetime
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
+from torch import nn
 
-from trainer.config import recipes
+from trainer.config.config import to_dict
 from trainer.control.controller import Phase
 from trainer.control.rounds import Round
-from trainer.data import ShardStream, Transform, split_evenly
+from trainer.data import DevicePictures, ShardStream, Transform, open_part, split_evenly
+from trainer.data.reading import one_line
 from trainer.errors import ConfigError
 from trainer.log import LOG
-from trainer.loop.checkpoint import Checkpoints
 from trainer.loop.facts import facts_of, planned, too_short
+from trainer.loop.federated import device_figures, judge_all, judge_tuned
 from trainer.loop.job import Job, stop_signals
+from trainer.loop.lineage import Prepared
+from trainer.loop.lock import RunLock
+from trainer.loop.manifest import Manifest, load_rank
 from trainer.loop.optimizer import learning_rate
+from trainer.loop.random_state import random_state, restore_random_state
+from trainer.loop.regroup import consensus
+from trainer.loop.saving import Saving
+from trainer.loop.start import Start, decided, described, find_start, prepare
 from trainer.loop.step import LocalStep
+from trainer.loop.tensor_file import KINDS, write_tensors
 from trainer.memory import peak_memory_bytes
 from trainer.plan import observed, plain
 from trainer.policies import policy_name
-from trainer.records.writer import Records, open_records, prepare_folder
+from trainer.records.writer import Records, open_records
 from trainer.sync.local_sgd import LocalSGD
 
 Summary = dict[str, Any]
+PATIENCE_S = 5.0
+"""Seconds that a checkpoint under way is given once the run has failed."""
 TIMES = ("elapsed_s", "compute_s", "sync_wait_s", "input_wait_s", "eval_s", "checkpoint_s")
 
 
 class Run:
     """What happens beside the steps: records, evaluations, checkpoints, all off the training clock."""
 
-    def __init__(self, job: Job, sync: LocalSGD, step: LocalStep, stream: ShardStream, alone: float | None) -> None:
+    def __init__(
+        self, job: Job, sync: LocalSGD, step: LocalStep, stream: ShardStream | DevicePictures, alone: float | None
+    ) -> None:
         self._job, self._sync, self._step, self._stream = job, sync, step, stream
         self._config = job.config
-        self._checkpoints = Checkpoints(job.folder / "checkpoints", job.config.checkpoint.keep, sync.world)
+        self._saving = Saving(job.folder / "checkpoints", job.config.checkpoint.keep, sync.world)
+        self._lock: RunLock | None = None
+        self._id = ""
         self._records = Records()
         self._close = ExitStack()
         self._alone = alone
         self._best = 0.0
         self._last: dict[str, float] = {}
         self._skipped = 0
+        self._virtual_s = 0.0
+        self._over_devices: dict[str, Any] = {}
         self._saved = -1
         self._facts: dict[str, Any] = {}
         self._earlier_s = 0.0
         self._next_eval = job.config.eval.every_samples
         self._next_save = job.config.checkpoint.every_samples
+        self._save_at = math.inf
 
     def __enter__(self) -> Run:
         """Start afresh, or go on from the checkpoint that is asked for; off the training clock."""
-        sync, folder = self._sync, self._job.folder
-        with sync.clock.off("other"):
-            newest = self._checkpoints.find(self._config.run.resume)
-            state = self._checkpoints.load(newest, sync.replica.model, sync.optimizer) if newest else {}
-            name = policy_name(self._config.policy)
-            if state.get("policy", name) != name:
-                raise ConfigError(f"policy.name = {name!r}: the checkpoint is of {state['policy']!r}; give a run.name")
-            aside = None
-            if sync.world.rank == 0:
-                aside = prepare_folder(folder, resuming=bool(state), metrics_bytes=state.get("metrics_bytes", 0))
-                recipes.save(self._config, folder / "config.toml")
-            self._records = self._close.enter_context(open_records(folder, self._config, rank=sync.world.rank))
-            self._close.enter_context(stop_signals(sync))
-            if aside is not None:
-                self._records.say(f"{folder} held an earlier run: it is now {aside}")
-            self._facts = facts_of(self._job, sync.world)
-            if state:
-                self._restore(state)
-            else:
-                self._begin()
+        try:
+            with self._sync.clock.off("other"):
+                self._open()
+        except BaseException:
+            self._saving.close(0)
+            self._close.close()
+            raise
         return self
+
+    def _open(self) -> None:
+        sync, folder, via = self._sync, self._job.folder, self._sync.collectives
+        decided(via, self._take_lock)
+        start = find_start(self._config, folder, sync.replica.model, via)
+        prepared = decided(via, lambda: self._prepare(start))
+        state = self._load(start)
+        self._id = start.run
+        self._records = self._close.enter_context(open_records(folder, self._config, rank=via.rank))
+        self._close.enter_context(stop_signals(sync))
+        self._facts = facts_of(self._job, sync.world)
+        self._save_later()
+        if prepared.aside is not None:
+            self._records.say(f"{folder} held an earlier run: it is now {prepared.aside}")
+        if state is not None:
+            self._restore(state, start)
+        else:
+            self._begin()
+        for warning in (*start.warnings, *([prepared.warning] if prepared.warning else ())):
+            self._records.event("warning", message=warning)
+        if prepared.abandoned is not None:
+            self._records.say(f"what followed step {sync.local_step} is now in {prepared.abandoned}")
+
+    def _take_lock(self) -> None:
+        self._lock = RunLock(self._job.folder)
+        self._close.callback(self._lock.release)
+
+    def _prepare(self, start: Start) -> Prepared:
+        assert self._lock is not None
+        return prepare(start, self._config, self._job.folder, self._lock)
 
     def _begin(self) -> None:
         """Say what will be trained, and enter the first phase."""
@@ -90,21 +128,48 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._saving.close(PATIENCE_S)
         self._close.close()
         self._stream.close()
 
-    def _restore(self, state: dict[str, Any]) -> None:
-        self._sync.load_state_dict(state["sync"])
-        self._stream.seek(state["consumed"])
+    def _load(self, start: Start) -> dict[str, Any] | None:
+        """What the checkpoint holds for this rank; None without one."""
+        if start.checkpoint is None or start.manifest is None:
+            return None
+        wrote, world = start.manifest.ranks, self._sync.world
+        if wrote == world.size:
+            return load_rank(start.checkpoint, world.rank)
+        return consensus(start.checkpoint, wrote, self._config.sync.state)
+
+    def _restore(self, state: dict[str, Any], start: Start) -> None:
+        sync, wrote, ranks = self._sync, state["sync"]["ranks"], self._sync.world.size
+        sync.replica.model.load_state_dict(state["model"])
+        sync.optimizer.load_state_dict(state["optimizer"])
+        past = [(count, read) for count, read in state["past"]]
+        if wrote == ranks:
+            sync.load_state_dict(state["sync"])
+            restore_random_state(state["random"], sync.world.device)
+        else:
+            sync.load_consensus(state["sync"])
+            past.append((wrote, state["consumed"]))
+        if past and isinstance(self._stream, ShardStream):
+            data, seed = self._config.data, self._config.run.seed
+            self._stream.deal_anew(open_part(data, train=True, seed=seed), past)
+        self._stream.seek(state["consumed"] if wrote == ranks else 0)
         self._step.scaler.load_state_dict(state["scaler"])
         self._best, self._skipped, self._alone = state["best"], state["skipped"], state["alone"]
-        self._last, self._saved = state["last"], self._sync.local_step
-        self._next_eval, self._next_save = state["next_eval"], state["next_save"]
-        self._facts["started_at"] = state.get("started_at", self._facts["started_at"])
-        self._earlier_s = state.get("wall_s", 0.0)
-        LOG.debug("rank %d: resumed at step %d", self._sync.world.rank, self._sync.local_step)
+        self._last, self._saved = state["last"], sync.local_step
+        self._virtual_s = state["virtual_s"]
+        config, samples = self._config, self._sync.samples
+        self._next_eval = _mark(state["next_eval"], config.eval.every_samples, samples)
+        self._next_save = _mark(state["next_save"], config.checkpoint.every_samples, samples)
+        self._facts["started_at"], self._earlier_s = state["started_at"], state["wall_s"]
+        LOG.debug("rank %d: resumed at step %d", sync.world.rank, sync.local_step)
         self._records.say_start(self._facts | planned(self._config))
-        self._records.event("resumed", local_step=self._sync.local_step, samples=self._sync.samples)
+        changed = {"changed": start.changed} if start.changed else {}
+        self._records.event("resumed", local_step=sync.local_step, samples=sync.samples, **changed)
+        for line in start.changed:
+            self._records.say(f"changed: {line}")
 
     def rate(self) -> float:
         """The scheduled learning rate of the next step, before the plan's scale."""
@@ -141,15 +206,20 @@ class Run:
                 "why": ended.decision.why,
             },
         }
+        if ended.devices is not None:
+            figures |= device_figures(ended.devices)
+            self._virtual_s = ended.devices.ended_s
         self._records.write("round", figures)
+        if ended.devices is not None and not ended.devices.heard:
+            self._records.event("too few reports: the model is kept", round=seen.round, local_step=seen.local_step)
         if ended.left_out:
             self._records.event("left out", ranks=list(ended.left_out), local_step=seen.local_step)
         if ended.next_phase is not None:
             self._enter(ended.next_phase)
         if ended.skipped_in_a_row >= self._config.step.max_skipped_steps:
             raise FloatingPointError(
-                f"no finite loss in {ended.skipped_in_a_row} local steps in a row, up to step {seen.local_step}: "
-                "lower optim.lr, set optim.clip_norm, or raise step.max_skipped_steps"
+                f"no finite loss and gradient in {ended.skipped_in_a_row} local steps in a row, up to step "
+                f"{seen.local_step}: lower optim.lr, set optim.clip_norm, or raise step.max_skipped_steps"
             )
 
     def evaluate_if_due(self) -> None:
@@ -161,26 +231,41 @@ class Run:
             self._evaluate()
 
     def save_if_due(self) -> None:
-        """Write a checkpoint at the first step past each mark, also in the middle of a round."""
-        every = self._config.checkpoint.every_samples
+        """Write a checkpoint where it is time, also in the middle of a round; and tell what became of those before."""
+        for trouble in self._saving.troubles():
+            self._records.event("warning", message=trouble)
+        if time.monotonic() >= self._save_at:
+            self._save_at = math.inf
+            self._sync.ask_to_save()
+        every, asked = self._config.checkpoint.every_samples, self._sync.take_save()
         if self._next_save is not None and self._sync.samples >= self._next_save:
             assert every is not None
             self._next_save = (self._sync.samples // every + 1) * every
+            asked = True
+        if asked:
             self._save()
+
+    def _save_later(self) -> None:
+        """Rank 0's clock says when the next checkpoint is asked for."""
+        every_s = self._config.checkpoint.every_s
+        self._save_at = time.monotonic() + every_s if every_s and self._sync.world.rank == 0 else math.inf
 
     def stop(self) -> None:
         """Told to stop: leave a checkpoint that `run.resume auto` goes on from."""
         self._records.event("stopped", local_step=self._sync.local_step, samples=self._sync.samples)
         self._save()
+        self._await_save()
 
     def end(self) -> Summary:
         """Average what is left, evaluate the consensus model, and sum up."""
         self.record(self._sync.finish())
-        if self._last.get("samples") != self._sync.samples:
+        if self._last.get("samples") != self._sync.samples or (self._job.hosted and not self._over_devices):
             self._evaluate()
+        self._judge_tuned()
         self._save()
+        self._await_save()
         if self._sync.world.rank == 0:
-            torch.save(self._sync.replica.model.state_dict(), self._job.folder / "model.pt")
+            self._export()
         summary = self._summary()
         self._records.finish(summary)
         return summary
@@ -194,6 +279,7 @@ class Run:
             calibration = self._stream.sample_inputs(config.sync.recalibrate_samples, config.eval.batch)
             with sync.consensus(calibration) as model:
                 result = self._step.evaluate(model, batches, sync.collectives)
+                self._judge_devices(model)
         sync.saw_accuracy(result.accuracy)
         self._best = max(self._best, result.accuracy)
         self._last = {
@@ -203,7 +289,33 @@ class Run:
             "test_loss": result.loss,
             "test_accuracy": result.accuracy,
         }
-        self._records.write("eval", self._last)
+        about = {"virtual_s": self._virtual_s} if self._job.hosted is not None else {}
+        self._records.write("eval", {**self._last, **about, **self._over_devices})
+
+    def _judge_devices(self, model: nn.Module) -> None:
+        """The consensus model on devices' own held-out samples."""
+        hosted, source = self._job.hosted, self._stream
+        if hosted is None or not isinstance(source, DevicePictures) or not self._config.data.test_share:
+            return
+        assert self._sync.devices is not None
+        self._over_devices = judge_all(
+            hosted, model, self._step, source, self._config.eval.batch, self._sync.collectives
+        ).figures(self._sync.devices_ever)
+
+    def _judge_tuned(self) -> None:
+        """At the end: the same after each device trained on with its own samples."""
+        hosted, source = self._job.hosted, self._stream
+        wanted = self._config.data.test_share and self._config.federated.finetune_steps
+        if hosted is None or not isinstance(source, DevicePictures) or not wanted:
+            return
+        with self._sync.clock.off("eval"):
+            rate = self._rate_at_end()
+            tuned = judge_tuned(hosted, self._sync, self._step, source, self._config, rate)
+        self._over_devices |= tuned.figures(self._sync.devices_ever, prefix="tuned_")
+
+    def _rate_at_end(self) -> float:
+        """The rate of the latest round, since a schedule's end may be zero."""
+        return float(self._sync.optimizer.param_groups[0]["lr"])
 
     def _save(self) -> None:
         sync = self._sync
@@ -211,24 +323,69 @@ class Run:
             return
         self._saved = sync.local_step
         with sync.clock.off("checkpoint"):
+            if self._lock is not None and not self._lock.is_held:
+                raise ConfigError(f"run.name = {self._job.folder.name!r}: another run has taken over this folder")
             self._records.event("checkpoint", local_step=sync.local_step, samples=sync.samples)
-            rest = {
-                "policy": policy_name(self._config.policy),
-                "sync": sync.state_dict(),
-                "consumed": self._stream.consumed,
-                "scaler": self._step.scaler.state_dict(),
-                "metrics_bytes": self._records.offset,
-                "best": self._best,
-                "last": self._last,
-                "skipped": self._skipped,
-                "alone": self._alone,
-                "next_eval": self._next_eval,
-                "next_save": self._next_save,
-                "started_at": self._facts["started_at"],
-                "wall_s": self._wall_s(),
-            }
-            self._checkpoints.save(sync.local_step, sync.replica.model, sync.optimizer, rest)
+            model = sync.replica.model
+            about = Manifest(
+                run=self._id,
+                local_step=sync.local_step,
+                samples=sync.samples,
+                ranks=sync.world.size,
+                written_at=datetime.now(UTC).isoformat(timespec="seconds"),
+                parameters=described(model),
+                config=to_dict(self._config),
+                metrics_bytes=self._records.offset,
+            )
+            trained = {f"model.{name}" for name, each in model.named_parameters() if each.requires_grad}
+            self._saving.begin(about, self._state(), trained, self._records.sync)
             LOG.debug("rank %d: saved at step %d", sync.world.rank, sync.local_step)
+        self._save_later()
+
+    def _state(self) -> dict[str, Any]:
+        """All that this rank needs to go on as if nothing had happened."""
+        sync = self._sync
+        return {
+            "model": sync.replica.model.state_dict(),
+            "optimizer": sync.optimizer.state_dict(),
+            "random": random_state(sync.world.device),
+            "sync": sync.state_dict(),
+            "consumed": self._stream.consumed,
+            "past": [list(world) for world in self._stream.past] if isinstance(self._stream, ShardStream) else [],
+            "scaler": self._step.scaler.state_dict(),
+            "best": self._best,
+            "last": self._last,
+            "skipped": self._skipped,
+            "virtual_s": self._virtual_s,
+            "alone": self._alone,
+            "next_eval": self._next_eval,
+            "next_save": self._next_save,
+            "started_at": self._facts["started_at"],
+            "wall_s": self._wall_s(),
+        }
+
+    def _await_save(self) -> None:
+        with self._sync.clock.off("checkpoint"):
+            self._saving.wait()
+        for trouble in self._saving.troubles():
+            self._records.event("warning", message=trouble)
+
+    def _export(self) -> None:
+        """Leave the consensus weights as files of their own."""
+        state, folder = self._sync.replica.model.state_dict(), self._job.folder
+        tensors = {n: each.detach().cpu() for n, each in state.items() if torch.is_tensor(each) and each.dtype in KINDS}
+        writers: dict[str, Callable[[Path], object]] = {
+            "model.pt": lambda path: torch.save(state, path),
+            "model.safetensors": lambda path: write_tensors(path, tensors, {"format": "pt"}),
+        }
+        for name, write in writers.items():
+            partial = folder / f"{name}.partial"
+            try:
+                write(partial)
+                partial.replace(folder / name)
+            except (OSError, RuntimeError) as error:  # torch's own writer raises the latter where a disk is full
+                partial.unlink(missing_ok=True)
+                self._records.event("warning", message=f"no {name}: {one_line(error)}")
 
     def _wall_s(self) -> float:
         """Seconds since the run began, without those between a stop and a resume."""
@@ -254,9 +411,18 @@ class Run:
             "skipped_steps": self._skipped,
             "peak_memory_bytes": peak_memory_bytes(sync.world.device),
             **self._facts,
+            **({"virtual_s": self._virtual_s} if self._job.hosted is not None else {}),
+            **self._over_devices,
             "wall_s": self._wall_s(),
         }
 
 
 def _measured(figure: float) -> float | None:
     return figure if math.isfinite(figure) else None
+
+
+def _mark(saved: int | None, every: int | None, samples: int) -> int | None:
+    """Samples at which something is due next: as the checkpoint has it, unless it is done now and was not then."""
+    if every is None or saved is not None:
+        return saved if every is not None else None
+    return (samples // every + 1) * every

@@ -45,7 +45,7 @@ class Trained(NamedTuple):
     loss: torch.Tensor
     """Mean over the batch (0-dim, detached)."""
     skipped: bool
-    """No update was made, because a loss was not finite."""
+    """No update was made, because a loss or a gradient was not finite."""
     correct: torch.Tensor | None
     """Samples classified correctly before the update (0-dim); None where outputs are not classes."""
 
@@ -84,7 +84,7 @@ class LocalStep:
                     self.scaler.scale(loss).backward()
         assert mean is not None
         assert finite is not None
-        if not finite():
+        if not finite() or not self._has_finite_gradients(sync):
             return Trained(mean, True, right)
         self._update(sync)
         return Trained(mean, False, right)
@@ -100,6 +100,15 @@ class LocalStep:
         if self.config.channels_last and inputs.dim() == 4:
             return inputs.contiguous(memory_format=torch.channels_last)
         return inputs
+
+    def _has_finite_gradients(self, sync: LocalSGD) -> bool:
+        """Whether an update would leave the parameters finite; at period 1 the same on every rank, as the gradients."""
+        if self.scaler.is_enabled():
+            return True  # it looks at them itself
+        found = (parameter.grad for parameter in sync.replica.parameters if parameter.grad is not None)
+        dense = [each if each.layout == torch.strided else each._values() for each in found]
+        norms = torch._foreach_norm(dense) if dense else []
+        return not norms or bool(torch.stack([each.double() for each in norms]).isfinite().all())
 
     def _update(self, sync: LocalSGD) -> None:
         if self.clip_norm is not None:

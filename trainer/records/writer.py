@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from tqdm import tqdm
 
 from trainer.config.config import Config
 from trainer.control.controller import Phase
-from trainer.log import LOG
 from trainer.plan import plain
 
 LINE_EVERY_S = 5.0
@@ -50,27 +51,36 @@ class Records:
         """Bytes of metrics.jsonl so far: a resume cuts it back to here."""
         return 0
 
+    def sync(self) -> None:
+        """Make sure that metrics.jsonl is on the disk."""
+
 
 class RunRecords(Records):
-    """Writes `runs/NAME/` as the ranks go."""
+    """Writes `runs/NAME/` as the ranks go. What cannot be written is lost, and said; training goes on."""
 
     def __init__(self, folder: Path, config: Config) -> None:
         self._folder = folder
         self._config = config
-        self._file: IO[str] = open(folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+        self._lines = _Lines(folder / "metrics.jsonl")
         self._board: Any = None
+        self._draws = config.record.tensorboard
         self._bar = _Progress(config.run.samples, config.record.progress)
 
     @property
     def offset(self) -> int:
-        return self._file.tell()
+        return self._lines.offset
+
+    def sync(self) -> None:
+        self._lines.sync()
 
     def write(self, kind: str, figures: Mapping[str, Any]) -> None:
-        line = {"kind": kind} | {name: _finite(value) for name, value in figures.items()}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
-        if self._config.record.tensorboard:
-            self._tensorboard(kind, figures)
+        self._lines.add({"kind": kind} | {name: _finite(value) for name, value in figures.items()})
+        if self._draws:
+            try:
+                self._tensorboard(kind, figures)
+            except OSError as error:
+                self._draws = False
+                _warn(f"no more TensorBoard events: {error.strerror}")
         self._bar.show(kind, figures)
 
     def event(self, what: str, **figures: Any) -> None:
@@ -89,14 +99,18 @@ class RunRecords(Records):
         self.write("end", summary)
         path = self._folder / "summary.json"
         partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps({name: _finite(value) for name, value in summary.items()}, indent=2) + "\n")
-        partial.replace(path)
+        try:
+            partial.write_text(json.dumps({name: _finite(value) for name, value in summary.items()}, indent=2) + "\n")
+            partial.replace(path)
+        except OSError as error:
+            _warn(f"no summary.json: {error.strerror}")
 
     def close(self) -> None:
         self._bar.close()
-        self._file.close()
+        self._lines.close()
         if self._board is not None:
-            self._board.close()
+            with contextlib.suppress(OSError):
+                self._board.close()
 
     def _tensorboard(self, kind: str, figures: Mapping[str, Any]) -> None:
         if "local_step" not in figures or kind == "end":
@@ -110,6 +124,44 @@ class RunRecords(Records):
         for name, value in numbers.items():
             if isinstance(value, int | float) and math.isfinite(value) and name != "local_step":
                 self._board.add_scalar(f"{kind}/{name}", value, figures["local_step"])
+
+
+class _Lines:
+    """A file of JSON lines, all of them whole: one that cannot be written is taken back, and counted."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
+        self.offset = self._file.tell()
+        self._lost = 0
+
+    def add(self, line: Mapping[str, Any]) -> None:
+        lost = {"kind": "event", "what": "warning", "message": f"{self._lost} records could not be written"}
+        text = (json.dumps(lost) + "\n" if self._lost else "") + json.dumps(line) + "\n"
+        try:
+            coded = text.encode()
+            if self._file.write(coded) != len(coded):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self.offset += len(coded)
+            self._lost = 0
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self._file.truncate(self.offset)
+            self._lost += 1
+            if self._lost == 1:
+                _warn(f"records cannot be written: {error.strerror}")
+
+    def sync(self) -> None:
+        if not self._file.closed:
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _warn(message: str) -> None:
+    """A warning for whoever looks on, where the records themselves cannot hold it."""
+    with contextlib.suppress(OSError):
+        print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 class _Progress:
@@ -178,7 +230,8 @@ class _Progress:
         if self._bar is not None:
             self._bar.write(line)
         else:
-            print(line, flush=True)
+            with contextlib.suppress(OSError):  # a log on a disk that is full
+                print(line, flush=True)
 
 
 @contextmanager
@@ -217,29 +270,6 @@ def append_event(folder: Path, what: str, **figures: Any) -> None:
     print(f"{what}: " + ", ".join(map(str, figures.values())), file=sys.stderr, flush=True)
     with contextlib.suppress(OSError), open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps({"kind": "event", "what": what} | figures) + "\n")
-
-
-def prepare_folder(folder: Path, *, resuming: bool, metrics_bytes: int) -> Path | None:
-    """Make the run's folder ready: an old run of the same name is moved aside, never overwritten; a resumed one keeps
-    its records up to the checkpoint.
-
-    Returns:
-        Where the old run is now; None where there was none.
-    """
-    metrics = folder / "metrics.jsonl"
-    if resuming:
-        folder.mkdir(parents=True, exist_ok=True)
-        if metrics.exists():
-            with open(metrics, "r+b") as file:
-                file.truncate(metrics_bytes)
-        return None
-    aside = None
-    if folder.exists() and any(folder.iterdir()):
-        number = next(n for n in range(1, 10**6) if not folder.with_name(f"{folder.name}.{n}").exists())
-        aside = folder.rename(folder.with_name(f"{folder.name}.{number}"))
-        LOG.debug("%s was moved to %s", folder, aside)
-    folder.mkdir(parents=True, exist_ok=True)
-    return aside
 
 
 def _finite(value: Any) -> Any:

@@ -256,7 +256,7 @@ class Averager:
             sq_norm = sum(part.agreed_sq_norm for part in parts)
             if ends_round:
                 self._average_carried(carried, total, own, via, delayed=delayed)
-        divergence = max(0.0, total.mean_sq_norm() - mean)
+        divergence = max(0.0, total.mean_sq_norm() - mean) + total.mean_spread()
         took, sent = time.perf_counter() - began, via.sent_bytes - before
         return Arrived(total, divergence, sq_norm, took, sent)
 

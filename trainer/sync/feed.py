@@ -11,6 +11,7 @@ from typing import Any, get_args
 
 from trainer.control.rounds import Rounds
 from trainer.data import ShardStream
+from trainer.data.device_data import DeviceData, DeviceItems
 from trainer.data.nested import put
 from trainer.data.planned import PlannedBatches, Uneven, count_steps, length_of, shard_sizes, step_sizes
 from trainer.data.reading import Collate
@@ -20,8 +21,11 @@ from trainer.distributed.collectives import Collectives
 from trainer.errors import ConfigError, DataError, MismatchError, require
 from trainer.plan import Plan
 from trainer.sync.gradient_average import GradientAverage
+from trainer.sync.host import Host
 from trainer.sync.progress import Progress
 
+MOST_LONE_ROUNDS = 100
+"""Rounds in a row without a report after which a run of devices gives up."""
 MOST_AHEAD = 64
 """Steps that one vote covers at most."""
 Key = tuple[Any, ...]
@@ -87,6 +91,7 @@ class Feed:
         clock: where waits for input are counted.
         parallel: the average of gradients, told each rank's weight where ranks train unequal batches.
         observe_steps: steps that a vote covers where the Plan has no rounds of several steps.
+        host: trains devices in turn, where there are any.
     """
 
     def __init__(
@@ -97,9 +102,10 @@ class Feed:
         clock: Clock,
         parallel: GradientAverage,
         observe_steps: int,
+        host: Host | None = None,
     ) -> None:
         self.told, self.progress, self.via, self.clock, self.parallel = told, progress, collectives, clock, parallel
-        self._observe_steps = observe_steps
+        self._observe_steps, self._host = observe_steps, host
         self._begun: dict[Key, int] = {}
         self._open: list[Cursor] = []
         self._pending: list[Cursor] = []
@@ -160,6 +166,9 @@ class Feed:
         """One more pass at each iteration."""
         if options.samples is not None:
             self.told.total_samples = options.samples
+        if self._host is not None:
+            host = self._host
+            return Batches(lambda: self._device_rounds(host, data, options), lambda: None)
         if isinstance(data, ShardStream):
             total = options.samples
             if total is None:
@@ -181,7 +190,7 @@ class Feed:
     @property
     def plan(self) -> Plan:
         """What the present round does."""
-        return self.told.controller.plan
+        return self.told.plan
 
     def window(self) -> int:
         """Steps to the next exchange of the ranks, which a vote covers."""
@@ -197,6 +206,41 @@ class Feed:
                 batch = stream.take(min(self.plan.batch_per_rank, share))
             self._taken = {((), 0): [len(batch[1])] * self.via.size}
             yield batch
+
+    def _device_rounds(self, host: Host, data: Any, options: Options) -> Iterator[Any]:
+        """The rest of the open round or one more, or as many as `samples` asks for: this rank's devices in turn. A rank
+        without a device in a round is given one batch, which counts for nothing."""
+        reader: DeviceData = data if hasattr(data, "read") else self._device_items(data, options)
+        lone = 0
+        while not self.told.stopping and (options.samples is None or self.progress.samples < options.samples):
+            before = self.progress.samples
+            host.begin_round(self.plan, self.progress.local_step)
+            requests = list(host.requests())
+            batches = reader.read(request for request, _ in requests)
+            for _, count in requests:
+                with self.clock.waiting("input_wait"):
+                    batch = next(batches)
+                self._taken = {((), 0): [count] * self.via.size}
+                steps = self.progress.local_step, self.progress.rounds
+                yield batch
+                if steps == (self.progress.local_step, self.progress.rounds):
+                    raise RuntimeError("a batch of sync.batches was not followed by sync.step: call it after each one")
+            if options.samples is None:
+                return
+            lone = lone + 1 if self.progress.samples == before else 0
+            if lone == MOST_LONE_ROUNDS:
+                raise ConfigError(
+                    f"min_reports: too few devices reported in {lone} rounds in a row, up to round "
+                    f"{self.progress.rounds}; raise deadline_s, or lower min_reports"
+                )
+
+    def _device_items(self, data: Any, options: Options) -> DeviceData:
+        if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
+            raise ConfigError(
+                f"data = {type(data).__name__}: devices need a data set with a length and items by index; "
+                "their shards are indices of it"
+            )
+        return DeviceItems(data, self.via.world.device, options.collate_fn, options.workers)
 
     def _passes(self, data: Any, options: Options) -> Iterator[Any]:
         """One pass, or as many as `samples` asks for."""

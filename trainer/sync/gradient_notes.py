@@ -17,7 +17,7 @@ CHANGE_WINDOW = 25
 """Noted steps over which the change of the gradient's norm is smoothed."""
 KEPT = (
     *("_own", "_mean", "_weight_in_mean", "_count", "_steps"),
-    *("_rest", "_sketch", "_apart", "_norm", "_change", "_weight"),
+    *("_rest", "_sketch", "_sketch_sq", "_apart", "_norm", "_change", "_weight"),
 )
 Parameters = Sequence[torch.Tensor]
 
@@ -49,7 +49,12 @@ class GradientNotes:
         self._own = self._mean = self._weight_in_mean = 0.0
         self._count = self._steps = 0
         self._sketch: list[float] | None = None
+        self._sketch_sq = 0.0
         self._apart = False
+
+    def begin_part(self) -> None:
+        """Another device begins within the observation: its first gradient is noted too."""
+        self._steps = self._rest = 0
 
     def look(self, parameters: Parameters, number: int, *, every: bool, apart: bool) -> None:
         """In a local phase, before an update: note the observation's first gradient.
@@ -97,7 +102,9 @@ class GradientNotes:
         self._follow(sq_norm)
         self._count += 1
         self._own += sq_norm
-        self._sketch = sketch.tolist()
+        fresh = sketch.tolist()
+        self._sketch = [a + b for a, b in zip(self._sketch, fresh, strict=True)] if self._sketch else fresh
+        self._sketch_sq += sum(value * value for value in fresh)
 
     def _signs_of(self, rows: int) -> torch.Tensor:
         """A sign for each of so many rows, and `TURNS` more."""
@@ -145,10 +152,11 @@ class GradientNotes:
             "grad_weight": self._weight_in_mean or math.nan,
             "grad_change": self.change,
             "grad_apart": self._apart,
+            "sketch_sq": self._sketch_sq,
         }
 
     def sketch(self) -> list[float]:
-        """The noted gradient's sketch; zeros where none was noted."""
+        """Sum of the noted gradients' sketches; zeros where none was noted."""
         return self._sketch or [0.0] * SKETCH
 
     @property

@@ -8,6 +8,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -16,9 +17,10 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from trainer.config.federated import check_federated, device_plan
 from trainer.config.sync import SyncConfig, check_plans, check_scaler, sync_config_of
 from trainer.control.controller import Controller
-from trainer.control.reports import Total
+from trainer.control.reports import SAVE, STOP, Total
 from trainer.control.rounds import Round, Rounds
 from trainer.data.planned import PlannedBatches, Uneven
 from trainer.distributed.board import told
@@ -27,6 +29,7 @@ from trainer.distributed.collectives import Collectives
 from trainer.distributed.launcher import node_name
 from trainer.distributed.world import World
 from trainer.errors import ConfigError, MismatchError
+from trainer.federated.devices import Devices
 from trainer.log import LOG
 from trainer.plan import Plan
 from trainer.policies import Policy
@@ -36,8 +39,10 @@ from trainer.sync.consensus import consensus_model
 from trainer.sync.early_end import EarlyEnd
 from trainer.sync.feed import Batches, Feed, Options
 from trainer.sync.gradient_average import GradientAverage
+from trainer.sync.host import Host, check_devices
 from trainer.sync.layout import refuse_model, refuse_optimizer
 from trainer.sync.progress import Progress, optimizer_settings
+from trainer.sync.regroup import regrouped
 from trainer.sync.replica import Replica
 from trainer.sync.scaled_rate import ScaledRate
 from trainer.sync.synced_model import SyncedModel
@@ -73,6 +78,8 @@ class LocalSGD:
             and no other, makes a LocalSGD.
         clock: where waits are counted.
         scaler: the loss scaler of a loop in fp16, which must be one on all ranks at period 1.
+        devices: federated devices that share the ranks. A Plan then gives each device its batch and local steps.
+            `batches` goes through this rank's devices of a round, and `step` averages once the last of them is done.
 
     Raises:
         ConfigError: what cannot be averaged, or does not go together; names it, with the mend.
@@ -89,11 +96,13 @@ class LocalSGD:
         group: Any = None,
         clock: Clock | None = None,
         scaler: torch.amp.GradScaler | None = None,
+        devices: Devices | None = None,
     ) -> None:
-        _check_kinds(model, optimizer, world, scaler)
+        _check_kinds(model, optimizer, world, scaler, devices)
         policy, settings = policy_of(policy), sync_config_of(settings)
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
-        check_plans(settings, policy.plans())
+        self.devices, self.optimizer = devices, optimizer
+        self._check_plans(settings, policy)
         check_scaler(settings, used=self._scaler is not None)
         if isinstance(model, SyncedModel):  # of a LocalSGD before
             model = model.module
@@ -103,13 +112,12 @@ class LocalSGD:
         self.world = world or World.current(device, group)
         self.clock = clock or Clock(device)
         self.settings = settings
-        self.optimizer = optimizer
         self.controller = Controller(policy)
         self.collectives = Collectives(self._levelled(self.world), self.clock, settings.bucket_bytes)
         self.world = self.collectives.world
         self._inside = False
         self.replica = Replica(model, optimizer, self.collectives, keeps_state=settings.state != "average")
-        averages_gradients = [plan for plan in policy.plans() if plan.averages == "gradients"]
+        averages_gradients = [] if devices else [plan for plan in policy.plans() if plan.averages == "gradients"]
         _check_optimizer(optimizer, averages_gradients=bool(averages_gradients) and self.world.size > 1)
         self._gradients = GradientAverage(settings.gradient_format, self.replica)
         splits = bool(averages_gradients or settings.node_period_steps == 1) and self.world.size > 1
@@ -120,18 +128,36 @@ class LocalSGD:
     def _wire_up(self) -> None:
         """The collaborators, each made of those before it."""
         self._averager = Averager(self.replica, self.settings, self.collectives, self.clock)
-        self._told = Rounds(self.controller)
-        self._progress = Progress(self.replica, self._told, self.collectives, self.clock, self.settings)
+        self._told = Rounds(self.controller, self._carried_out)
+        about = self.replica, self._told, self.collectives, self.clock, self.settings
+        self._progress = Progress(*about, by_devices=self.devices is not None)
+        self._host: Host | None = None
+        if self.devices is not None:
+            recalibrates = self.settings.batch_norm == "recalibrate"
+            hosting = self.devices, self.replica, self._progress.notes, self.collectives
+            self._host = Host(*hosting, keeps_buffers=recalibrates)
         self._early = EarlyEnd(self.replica, self._progress.notes, self.collectives)
         self._timetable = Timetable(self._averager, self.settings, self._told, self._progress)
         averaging = self.replica, self._averager, self._timetable, self._gradients
         self._transition = Transition(*averaging, self._progress.notes, self.settings, self._scaler)
         gathered = self._told, self._progress, self.collectives, self.clock
-        self._feed = Feed(*gathered, self._gradients, self.settings.observe_steps)
+        self._feed = Feed(*gathered, self._gradients, self.settings.observe_steps, self._host)
         # a local step without data of its own changes nothing
         self._rate = ScaledRate(
             self.optimizer, self._before_update, lambda: self._inside and self._feed.idle and not self._gradients.on
         )
+
+    def _check_plans(self, settings: SyncConfig, policy: Policy) -> None:
+        """Refuse settings that the policy's Plans, or the devices, cannot have."""
+        if self.devices is None:
+            check_plans(settings, policy.plans())
+            return
+        check_federated(self.devices.config, settings, policy.plans())
+        check_devices(self.devices.config, self.optimizer, scaled=self._scaler is not None)
+
+    def _carried_out(self, plan: Plan) -> Plan:
+        """A policy's Plan as rounds carry it out."""
+        return plan if self.devices is None else device_plan(plan, self.devices.config, self.settings)
 
     def _levelled(self, world: World) -> World:
         """The world with its nodes, where averages have two levels."""
@@ -152,6 +178,10 @@ class LocalSGD:
             self._rate.open()
             self.replica.make_one()
             self._averager.open()
+            if self._host is not None:
+                self._averager.use(self.settings.under(self.plan))
+                self._host.open()
+                self._host.check([self._carried_out(plan) for plan in self.controller.policy.plans()])
             self._transition.enter(self.plan, self.plan)
             self.rewrap()
             self._early.begin_round(self.plan)
@@ -197,6 +227,8 @@ class LocalSGD:
             self.world.board.say(told(error))
         self.clock.stop()
         self._averager.close()
+        if self._host is not None:
+            self._host.close()
         self._gradients.take_off()
         self._rate.close()
         self.replica.release()
@@ -213,7 +245,7 @@ class LocalSGD:
     @property
     def plan(self) -> Plan:
         """What the current round does."""
-        return self.controller.plan
+        return self._told.plan
 
     @property
     def stopping(self) -> bool:
@@ -236,6 +268,17 @@ class LocalSGD:
         return self._progress.samples
 
     @property
+    def visiting(self) -> int | None:
+        """The device that this rank trains now; None without devices, and where it has none in the round."""
+        visit = self._host.visit if self._host is not None and self._host.round is not None else None
+        return None if visit is None else visit.device
+
+    @property
+    def devices_ever(self) -> set[int]:
+        """Devices that have taken part in some round."""
+        return set() if self._host is None else set(self._host.ever)
+
+    @property
     def lr_scale(self) -> float:
         """The factor that the next `optimizer.step()` puts on the learning rate."""
         return self._progress.lr_scale
@@ -246,12 +289,15 @@ class LocalSGD:
         if not with_closure:  # else it computes the gradients itself
             self._gradients.join()
         self._progress.updates += 1
+        if self._host is not None:
+            self._host.before_update(self.lr_scale, with_closure=with_closure)
         notes = self._progress.notes
         if self.plan.averages == "gradients":
             scale = self._scaler.get_scale() if self._scaler is not None else 1.0
             notes.sum_up(scale, self._gradients.weight)
         elif not self._gradients.on:
             every, apart = self.plan.early_end == "gradient_change", not self._timetable.are_one
+            apart = apart and self._host is None  # a device's first gradient is the consensus model's
             notes.look(self.replica.parameters, self.rounds, every=every, apart=apart)
         return self.lr_scale
 
@@ -399,11 +445,13 @@ class LocalSGD:
             self._gradients.forget()
         self._gradients.join()  # a rank that had nothing to train takes part all the same
         self._gradients.end_step()
-        everyones = self._feed.everyones(count)
+        everyones = self._feed.everyones(count) if self._host is None else 0
         self._feed.end_step()
         self._timetable.stepped(self.plan, count)
         self._progress.count(loss, count, everyones, skipped=skipped, correct=correct)
         self.world.board.step = self.local_step
+        if self._host is not None:
+            return self._end_device_round(self._host) if self._host.stepped() else []
         if self.plan.averages != "parameters":
             return self._end_lone_step()
         self._timetable.land()
@@ -417,10 +465,16 @@ class LocalSGD:
     @property
     def between_rounds(self) -> bool:
         """Whether a round has just ended."""
-        return self._progress.round_steps == 0
+        return self._progress.round_steps == 0 and (self._host is None or self._host.round is None)
 
     def finish(self) -> list[Round]:
-        """End the open round early, take what is under way, and make the replicas one model."""
+        """End the open round early, take what is under way, and make the replicas one model.
+
+        With devices an open round is dropped: the model is the last consensus model.
+        """
+        if self._host is not None:
+            self._host.abandon()
+            return []
         ended = self.settle()
         with torch.inference_mode(mode=False):
             self._timetable.make_one()
@@ -435,6 +489,9 @@ class LocalSGD:
         Where the Plan never averages, the replicas stay apart.
         """
         self._require_inside("settle")
+        if self._host is not None:
+            self._require_between_rounds("settle")
+            return []
         waits = self.world.board.saying(f"evaluates or ends after local step {self.local_step}", self.local_step)
         with waits, torch.inference_mode(mode=False):
             if self.plan.averages != "parameters":
@@ -446,9 +503,24 @@ class LocalSGD:
             self._timetable.make_one()
             return ended + self._hear()
 
+    def _require_between_rounds(self, what: str) -> None:
+        if not self.between_rounds:
+            raise RuntimeError(
+                f"sync.{what} was called within a round of devices: wait for its end, which sync.between_rounds tells"
+            )
+
     def ask_to_stop(self) -> None:
         """Make all ranks stop at the next observation: `batches` ends on each, and `stopping` is true."""
-        self._progress.stop_asked = True
+        self._progress.wish = STOP
+
+    def ask_to_save(self) -> None:
+        """Make `take_save` true on all ranks at the next observation, at the same local step."""
+        self._progress.wish = max(self._progress.wish, SAVE)
+
+    def take_save(self) -> bool:
+        """Whether some rank has asked for a checkpoint, and all know; true once."""
+        asked, self._told.saving = self._told.saving, False
+        return asked
 
     @contextmanager
     def consensus(self, calibration: Iterable[Any] = ()) -> Iterator[nn.Module]:
@@ -488,6 +560,26 @@ class LocalSGD:
         self._enter_plan(ran)
         return heard
 
+    def _end_device_round(self, host: Host) -> list[Round]:
+        """This rank's devices of the round are done: average all ranks'; too few reports keep the model."""
+        assert host.round is not None
+        ran, heard_any = self.plan, bool(host.round.heard)
+        left_out = host.gather()
+        self._progress.local_step = host.ends_at
+        self._progress.end_round()
+        report = host.weigh(self._progress.report())
+        about = {"devices": replace(host.round, left_out=left_out), **host.known()}
+        if heard_any:
+            self._timetable.send([*self._averager.everything], report, ran, ends_round=True, **about)
+        else:
+            total = share(report, self.collectives)
+            self._timetable.heard(total)
+            self._told.tell(total, **about)
+        host.end_round()
+        heard = self._told.decide()
+        self._enter_plan(ran)
+        return heard
+
     def _observe(self) -> list[Round]:
         """At period 1 or 0: compare and decide."""
         total = share(self._progress.report(), self.collectives)
@@ -509,7 +601,7 @@ class LocalSGD:
             )
         if "updates" in total.differing or total.are_apart:
             self._mend()
-        if np.ptp(total.samples_by_rank) > 0 and not self._feed.take_weighed():
+        if np.ptp(total.weight_by_rank) > 0 and not self._feed.take_weighed():
             warnings.warn(
                 "ranks trained different numbers of samples at period 1, where gradients are averaged with equal "
                 "weights: take batches from sync.batches(loader), or give every rank batches of one size",
@@ -556,6 +648,7 @@ class LocalSGD:
     def state_dict(self) -> dict[str, Any]:
         """The place within round and phase, for a checkpoint; model and optimizer are saved by their owners."""
         return {
+            "ranks": self.world.size,
             "progress": self._progress.state_dict(),
             "replica": self.replica.state_dict(),
             "told": self._told.state_dict(),
@@ -566,6 +659,7 @@ class LocalSGD:
             "timetable": self._timetable.state_dict(),
             "sent_bytes": self.collectives.sent_bytes,
             "clock": self.clock.state_dict(),
+            "devices": None if self._host is None else self._host.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -575,6 +669,10 @@ class LocalSGD:
         if missing:
             raise ConfigError(
                 f"state of LocalSGD has no {missing[0]!r}: pass what sync.state_dict() gave, of this version"
+            )
+        if state["ranks"] != self.world.size:
+            raise ConfigError(
+                f"state of LocalSGD is of {state['ranks']} ranks, and there are {self.world.size}: start as many"
             )
         self._progress.load_state_dict(state["progress"])
         if self.replica.load_state_dict(state["replica"]):
@@ -588,10 +686,24 @@ class LocalSGD:
         self._timetable.load_state_dict(state["timetable"])
         self.collectives.sent_bytes = state["sent_bytes"]
         self.clock.load_state_dict(state["clock"])
+        if self._host is not None:
+            self._host.load_state_dict(state["devices"])
         self.rewrap()
 
+    def load_consensus(self, saved: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint of another number of ranks: called inside the `with` block, once every rank has
+        loaded the consensus of its replicas, and one optimizer state.
 
-def _check_kinds(model: Any, optimizer: Any, world: Any, scaler: Any) -> None:
+        Args:
+            saved: rank 0's `state_dict()` of the ranks that wrote it.
+        """
+        self.load_state_dict(regrouped(self.state_dict(), saved))
+        self.replica.remember_rests()
+        self._early.begin_round(self.plan)
+        self._progress.ledger.begin(self.clock.read(), self.collectives.sent_bytes)
+
+
+def _check_kinds(model: Any, optimizer: Any, world: Any, scaler: Any, devices: Any) -> None:
     """Refuse arguments of another kind, in one line.
 
     Raises:
@@ -602,6 +714,7 @@ def _check_kinds(model: Any, optimizer: Any, world: Any, scaler: Any) -> None:
         ("optimizer", optimizer, Optimizer, "a torch.optim.Optimizer over the model's parameters"),
         ("world", world, World | None, "a World, or left out"),
         ("scaler", scaler, torch.amp.GradScaler | None, "a torch.amp.GradScaler, or left out"),
+        ("devices", devices, Devices | None, "Devices(shards, ...), or left out"),
     )
     for name, given, kind, mend in wanted:
         if not isinstance(given, kind):

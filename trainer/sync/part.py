@@ -254,7 +254,7 @@ class Part:
         """Go on from a checkpoint."""
         device = self.values.device
         if self._base is not None:
-            self._base.copy_(state["base"])
+            self._base.copy_(state.get("base", self.values))  # without one, the replicas are one
         if "owed" in state:
             self._owed = state["owed"].to(device)
         if "mean" in state:

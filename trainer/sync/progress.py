@@ -12,7 +12,7 @@ import torch
 from torch.optim import Optimizer
 
 from trainer.config.sync import SyncConfig
-from trainer.control.reports import Report
+from trainer.control.reports import STOP, Report
 from trainer.control.rounds import Rounds
 from trainer.distributed.clock import Clock
 from trainer.distributed.collectives import Collectives
@@ -44,10 +44,18 @@ class Progress:
         collectives: whose bytes are counted.
         clock: this rank's.
         settings: the fewest local steps between two notes of a local phase's gradients, and what goes along.
+        by_devices: ranks train devices in turn, so that samples and rates are those of the round's beginning.
     """
 
     def __init__(
-        self, replica: Replica, told: Rounds, collectives: Collectives, clock: Clock, settings: SyncConfig
+        self,
+        replica: Replica,
+        told: Rounds,
+        collectives: Collectives,
+        clock: Clock,
+        settings: SyncConfig,
+        *,
+        by_devices: bool = False,
     ) -> None:
         self._replica, self._told, self._collectives, self._clock = replica, told, collectives, clock
         device = replica.parameters[0].device
@@ -60,15 +68,17 @@ class Progress:
         """Optimizer steps of the observation that is being gathered."""
         self.transfer_s = math.nan
         """Seconds that this rank's latest transfer took; NaN before the first."""
-        self.stop_asked = False
+        self.wish = 0.0
+        """What this rank was asked for, and has not told the others."""
+        self.by_devices = by_devices
         self.ledger = Ledger(device)
-        self.notes = GradientNotes(device, settings.observe_steps, alone=collectives.size == 1)
+        self.notes = GradientNotes(device, settings.observe_steps, alone=collectives.size == 1 and not by_devices)
         self._sends_buffers = settings.batch_norm == "average"
 
     @property
     def plan(self) -> Plan:
         """What the open round does."""
-        return self._told.controller.plan
+        return self._told.plan
 
     @property
     def samples(self) -> int:
@@ -78,7 +88,7 @@ class Progress:
     @property
     def lr_scale(self) -> float:
         """The factor on the optimizer's learning rate now."""
-        here = self.ledger.steps * self.plan.batch_per_rank
+        here = 0 if self.by_devices else self.ledger.steps * self.plan.batch_per_rank
         return self._told.controller.lr_scale(self._told.planned(here, self._collectives.size))
 
     def count(
@@ -130,7 +140,7 @@ class Progress:
         sample, norm = self._replica.sample(self.rounds) if averages == "gradients" and world.size > 1 else (0.0, 0.0)
         report = replace(
             self.place(),
-            stop=self.stop_asked,
+            wish=self.wish,
             state_layout=self._replica.state_layout(),
             changed=self._replica.changed(),
             sample=sample,
@@ -145,6 +155,7 @@ class Progress:
         self.ledger.begin(times, sent_bytes)
         self.notes.begin()
         self.updates = 0
+        self.wish = self.wish if self.wish == STOP else 0.0
         return report
 
     def state_dict(self) -> dict[str, Any]:

@@ -32,6 +32,7 @@ class Timetable:
         self._apart, self._sq_norm = 0.0, 0.0  # of the fragments that were taken of the present round
         self._are_one = True
         self._layout_changed = False
+        self._about: dict[str, Any] = {}
         self._samples_apart = 0
         """Trained by this rank since the replicas were last one."""
 
@@ -94,8 +95,19 @@ class Timetable:
         if period and rest and self._progress.round_steps % period == 0:
             self._averager.average_within(rest, self._progress.ledger.samples)
 
-    def send(self, fragments: Sequence[int], report: Report, plan: Plan, *, ends_round: bool = False) -> None:
-        """Send these fragments' average, to be taken as many steps later as the settings say, within `plan`'s round."""
+    def send(
+        self, fragments: Sequence[int], report: Report, plan: Plan, *, ends_round: bool = False, **about: Any
+    ) -> None:
+        """Send these fragments' average, to be taken as many steps later as the settings say, within `plan`'s round.
+
+        Args:
+            fragments: their numbers.
+            report: this rank's.
+            plan: the present one.
+            ends_round: the controller is told of it.
+            about: what else it is told, where the average is taken at once.
+        """
+        self._about = about
         delay_steps = self._delay.steps(self._averager.settings.delay_steps, plan.sync_period_steps)
         self._averager.send(fragments, report, self._progress.local_step, delay_steps, ends_round=ends_round)
         self.land()
@@ -136,6 +148,7 @@ class Timetable:
                     divergence=self._apart,
                     model_sq_norm=self._sq_norm,
                     delay_steps=min(transfer.land_at, now) - transfer.sent_at,
+                    **self._about,
                 )
                 self._apart = self._sq_norm = 0.0
 

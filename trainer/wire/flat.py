@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 
 import torch
@@ -59,6 +59,15 @@ class FlatTensors:
             start = view.storage_offset() * factor
             number = kinds.index((view.dtype, view.device))
             found.append((id(tensor), number, slice(start, start + view.numel() * factor)))
+        return found
+
+    def views_of(self, flats: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Views into other flat buffers of these sizes, each shaped as the tensor that lies there in these."""
+        kinds, found = list(self._flat), []
+        for view in self._views:
+            flat = flats[kinds.index((view.dtype, view.device))]
+            values = torch.view_as_complex(flat.view(-1, 2)) if view.is_complex() else flat
+            found.append(values.as_strided(view.shape, view.stride(), view.storage_offset()))
         return found
 
     @torch.no_grad()
