@@ -46,9 +46,15 @@ def figures(case: Case, slow: float = 1.0) -> dict[str, Any]:
     }
 
 
-def folder_of(folder: Path, task: Task | None = None, slow: float = 1.0, models: tuple[str, ...] = ("cnn",)) -> Path:
+def folder_of(
+    folder: Path,
+    task: Task | None = None,
+    slow: float = 1.0,
+    models: tuple[str, ...] = ("cnn",),
+    batches: tuple[int, ...] = (16, 32, 64),
+) -> Path:
     """Measurements of worlds of 1, 2 and 4 ranks, two repeats a percent apart."""
-    suite = Suite(models=models, batches=(16, 32, 64), periods=(1, 8), repeats=2)
+    suite = Suite(models=models, batches=batches, periods=(1, 8), repeats=2)
     for case in suite.cases(4):
         for repeat in range(2):
             found = figures(case, slow * (1 + 0.01 * repeat))
@@ -110,7 +116,7 @@ def test_a_line_through_one_batch_promises_nothing_of_others() -> None:
 
 def test_a_cost_file_of_another_format_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = folder_of(tmp_path / "a")
-    report.write_report(folder)
+    cost.fit(load(folder)).save(folder / "cost.json")
     table = json.loads((folder / "cost.json").read_text())
     (folder / "cost.json").write_text(json.dumps(table | {"format": 7}))
     said = refusal(lambda: compare.main([str(folder), str(folder)]), capsys)
@@ -132,7 +138,7 @@ def test_scaling_is_weak_at_equal_batches_and_strong_at_equal_sums(tmp_path: Pat
 
 
 def test_the_report_is_one_page_with_pictures_beside_it(tmp_path: Path) -> None:
-    folder = folder_of(tmp_path, models=("cnn", "mine.nets:net"))
+    folder = folder_of(tmp_path, models=("cnn", "mine.nets:net"), batches=(16, 32))
     failed = Case("cnn", 512, 8, "float32", 4)
     keep_run(folder, Suite().task, Run(failed, 0, {"error": "does not fit in memory"}, {}))
     page = report.write_report(folder).read_text()

@@ -131,7 +131,7 @@ def document(title: str, body: Iterable[str]) -> str:
 
 
 def _tiles(run: Run) -> str:
-    """What one run reached, in large type."""
+    """One run's results in large type."""
     tiles = "".join(
         f'<div class="tile"><b>{escape(figure)}</b><span>{escape(name)}</span>'
         f'<span class="faint">{escape(beside)}</span></div>'
@@ -141,13 +141,13 @@ def _tiles(run: Run) -> str:
 
 
 def _about(run: Run) -> str:
-    """What was trained, with what and when, in a few lines."""
+    """A few lines that say what was trained, with what and when."""
     lines = "".join(f"<p><b>{escape(name)}</b><span>{escape(words)}</span></p>" for name, words in text.about(run))
     return f'<div class="about">{lines}{_mark(run)}</div>'
 
 
 def _lead(runs: Sequence[Run]) -> str:
-    """What several runs reached, a row each."""
+    """Several runs' results, a row each."""
     abouts = "".join(
         f"<p>{_name(i, run)}: {escape('; '.join(words for _, words in text.about(run)))}</p>"
         for i, run in enumerate(runs)
