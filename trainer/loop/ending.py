@@ -1,4 +1,4 @@
-"""What follows a run's end: its page."""
+"""Draws a run's page at its end."""
 
 from __future__ import annotations
 
