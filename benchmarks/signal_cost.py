@@ -31,7 +31,7 @@ from trainer.control.reports import SKETCH, Report, Total
 from trainer.control.signals import Signals
 from trainer.plan import Observation, Plan
 from trainer.policies import Autopilot
-from trainer.policies.goodput import DRIFT_POWER
+from trainer.policies.constants import CONSTANTS
 from trainer.sync.gradient_notes import GradientNotes
 from trainer.tasks import FedAvgCNN
 
@@ -91,7 +91,7 @@ def measure(repeats: int, drift: float) -> dict[str, float]:
 
 def observation(number: int, plan: Plan, drift: float) -> Observation:
     """Of a round of `SEEN.steps`, whose replicas parted at this unit drift."""
-    divergence = drift * SEEN.lr**2 * SEEN.steps**DRIFT_POWER * SEEN.model_sq_norm
+    divergence = drift * SEEN.lr**2 * SEEN.steps**CONSTANTS.drift_power * SEEN.model_sq_norm
     return replace(SEEN, round=number, local_step=SEEN.steps * number, ran=plan, divergence=divergence)
 
 

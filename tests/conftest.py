@@ -6,13 +6,14 @@ Where several processes of pytest share the tests, those that look at the same r
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 HERE = Path(__file__).parent
 MARKED = ("ranks", "lab")
-SHARED = ("whole", "runs")
-"""Fixtures of runs that take long, and that many tests look at."""
+TOGETHER = ("test_packaging.py", "test_recorded_runs.py", "test_what_a_run_says.py")
+"""Files whose tests look at something that takes long to make."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -20,7 +21,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         folder = item.path.relative_to(HERE).parts[0]
         if folder in MARKED:
             item.add_marker(folder)
-        shared = [name for name in SHARED if name in getattr(item, "fixturenames", ())]
-        if folder == "lab" or shared:  # one Slurm, and one pair of hosts, at a time
-            item.add_marker(pytest.mark.xdist_group("lab" if folder == "lab" else shared[0]))
     items.sort(key=lambda item: item.path.parent.name != "lab")  # the longest first
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Deal out tests one by one, but those of a file that makes something, and those of the lab, to one process.
+
+    The lab has one Slurm and one pair of hosts at a time. The marks that pytest-xdist has for this do nothing under
+    pytest 9.2.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduler(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            path = Path(nodeid.split("::")[0])
+            if "lab" in path.parts:
+                return "lab"
+            return str(path) if path.name in TOGETHER else nodeid
+
+    return Scheduler(config, log)

@@ -12,7 +12,10 @@ from trainer.version import __version__
 
 if TYPE_CHECKING:
     from trainer.config.config import Config
+    from trainer.config.federated import FederatedConfig
     from trainer.config.sync import SyncConfig
+    from trainer.data.partition import Sharing, share_out
+    from trainer.federated.devices import Devices
     from trainer.plan import Decision, Observation, Plan
     from trainer.policies import (
         FDA,
@@ -45,7 +48,9 @@ _HOMES = {
     "Constant": "policies",
     "Cycle": "policies",
     "Decision": "plan",
+    "Devices": "federated.devices",
     "FDA": "policies",
+    "FederatedConfig": "config.federated",
     "LocalSGD": "sync.local_sgd",
     "NoiseScale": "policies",
     "NormTest": "policies",
@@ -57,6 +62,8 @@ _HOMES = {
     "register": "policies",
     "SelSync": "policies",
     "SWAP": "policies",
+    "share_out": "data.partition",
+    "Sharing": "data.partition",
     "SyncConfig": "config.sync",
     "train": "train",
 }
@@ -74,6 +81,8 @@ __all__ = [
     "Constant",
     "Cycle",
     "Decision",
+    "Devices",
+    "FederatedConfig",
     "LocalSGD",
     "NoiseScale",
     "NormTest",
@@ -82,9 +91,11 @@ __all__ = [
     "Policy",
     "PostLocal",
     "SelSync",
+    "Sharing",
     "SyncConfig",
     "__version__",
     "register",
+    "share_out",
     "train",
 ]
 

@@ -13,16 +13,20 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ranks import context
+from ranks import context, free_port
 
 
 class Command:
-    """`python -m module *flags` in a forked process; has of subprocess.Popen what tests use."""
+    """`python -m module *flags`, or `python script.py *flags`, in a forked process; it starts in the folder `cwd`.
 
-    def __init__(self, module: str, flags: Sequence[str], env: Mapping[str, str]) -> None:
+    It has of subprocess.Popen what tests use.
+    """
+
+    def __init__(self, module: str, flags: Sequence[str], env: Mapping[str, str], cwd: Path | None = None) -> None:
         self.args = [sys.executable, "-m", module, *flags]
         self._said = Path(tempfile.mkdtemp(prefix="ebbtide-said-"))
-        self._process = context.Process(target=_command, args=(module, list(flags), dict(env), self._said))
+        told = (module, list(flags), dict(env), self._said, cwd or Path.cwd())
+        self._process = context.Process(target=_command, args=told)
         self._process.start()
 
     @property
@@ -51,9 +55,18 @@ class Command:
         self._process.kill()
 
 
-def _command(module: str, flags: list[str], env: dict[str, str], said: Path) -> None:
+def ranks_env(ranks: int) -> list[dict[str, str]]:
+    """The environments that a launcher would give so many ranks of one host."""
+    shared = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    places = [shared | {"RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": 1} for rank in range(ranks)]
+    return [dict(os.environ) | {name: str(value) for name, value in place.items()} for place in places]
+
+
+def _command(module: str, flags: list[str], env: dict[str, str], said: Path, cwd: Path) -> None:
     os.environ.clear()
     os.environ.update(env)
+    os.chdir(cwd)
+    sys.path[:0] = [folder for folder in env.get("PYTHONPATH", "").split(os.pathsep) if folder]
     for number, name in ((1, "out"), (2, "err")):
         file = os.open(said / name, os.O_WRONLY | os.O_CREAT, 0o600)
         os.dup2(file, number)
@@ -62,4 +75,8 @@ def _command(module: str, flags: list[str], env: dict[str, str], said: Path) -> 
 
     torch.set_num_threads(int(env.get("OMP_NUM_THREADS", 1)))  # read when torch was imported, before the fork
     sys.argv = [module, *flags]
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    if module.endswith(".py"):
+        sys.path.insert(0, str(cwd))
+        runpy.run_path(str(cwd / module), run_name="__main__")
+    else:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)

@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any, Literal
@@ -132,6 +132,31 @@ def run(
         _idle.extend(reversed(kept))
 
 
+def run_each(
+    size: int, function: Callable[..., Any], cases: Sequence[tuple[Any, ...]], *, timeout_s: float = 90
+) -> list[list[Any]]:
+    """What `function(world, *case)` returns for each case, by rank, one case after another in one world.
+
+    A world takes longer to begin than most cases take. A case that fails ends them all; the error names it.
+    """
+    ranks = run(size, _each, function, cases, timeout_s=timeout_s)
+    return [list(results) for results in zip(*ranks, strict=True)]
+
+
+def _each(world: Any, function: Callable[..., Any], cases: Sequence[tuple[Any, ...]]) -> list[Any]:
+    import torch
+
+    results = []
+    for case in cases:
+        torch.manual_seed(world.rank)
+        try:
+            results.append(function(world, *case))
+        except BaseException as error:
+            error.add_note(f"in the case {case}")
+            raise
+    return results
+
+
 def _place(rank: int, size: int, local_size: int, port: int) -> dict[str, str]:
     """The environment that a launcher would give this rank."""
     place = {
@@ -207,11 +232,20 @@ def _rank(task: Task, born: State) -> Any:
         return task.function(world, *task.arguments)
 
 
+def fork_readers() -> None:
+    """Have reading processes of this rank forked from it, as a rank of a launcher forks them.
+
+    Else they come from a server of their own, which imports everything first.
+    """
+    mp.set_start_method("fork", force=True)
+
+
 class State:
     """What of a process must be at a world's begin as it was at its own."""
 
     def __init__(self) -> None:
         self.environment = dict(os.environ)
+        self.start_method = mp.get_start_method()
         self.signals = self._signals()
 
     def _signals(self) -> list[Any]:
@@ -223,6 +257,7 @@ class State:
 
         os.environ.clear()
         os.environ.update(self.environment)
+        mp.set_start_method(self.start_method, force=True)
         gc.collect()
         end = time.monotonic() + 1  # threads that were told to end may take a moment
         while threading.active_count() > 1 and time.monotonic() < end:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from commands import Command
-from ranks import free_port
+from ranks import fork_readers, free_port
 from torch import nn
 
 from trainer.config import recipes
@@ -120,4 +120,5 @@ def in_process(world: World, config: Config) -> None:
     from trainer.loop.job import Job
     from trainer.train import train_in
 
+    fork_readers()
     train_in(world, Job.open(config))

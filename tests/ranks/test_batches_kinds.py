@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from ranks import RankError, run
+from ranks import RankError, fork_readers, run
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
@@ -106,6 +106,7 @@ def numbered(index: int) -> Any:
 
 
 def streams_and_loaders(world: World) -> list[Any]:
+    fork_readers()
     with began(world) as sync:
         for number, batch in enumerate(sync.batches(Endless())):
             step(sync)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ranks import run
+from ranks import fork_readers, run
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
@@ -83,6 +83,7 @@ POLICIES = {
 
 def passes(world: World, size: int, workers: int) -> dict[str, list[list[list[int]]]]:
     read = {}
+    fork_readers()
     for name, policy in POLICIES.items() if not workers else [*POLICIES.items()][-1:]:
         with began(policy, world) as sync:
             data = sync.batches(Noisy(size), workers=workers, seed=5)
@@ -174,6 +175,7 @@ def resumed(world: World, kind: str, cut: int) -> list[bool]:
 
 
 def resumed_of_each_kind(world: World, cut: int) -> dict[str, list[bool]]:
+    fork_readers()
     return {kind: resumed(world, kind, cut) for kind in ("items", "items, workers", "stream", "loader", "sampler")}
 
 

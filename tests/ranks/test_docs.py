@@ -6,17 +6,15 @@ import ast
 import importlib.util
 import os
 import re
-import subprocess
-import sys
 from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from commands import Command, ranks_env
 
 ROOT = Path(__file__).parent.parent.parent
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 
 
@@ -40,11 +38,15 @@ def test_a_block_that_imports_what_it_uses_runs(code: str, tmp_path: Path) -> No
     if not code.startswith(("import ", "from ")):
         return
     (tmp_path / "block.py").write_text(code)
-    launcher = TORCHRUN if "init_process_group" in code else []
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *launcher, "block.py"]
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
+    together = "init_process_group" in code
+    places = ranks_env(2) if together else [dict(os.environ)]
+    processes = [Command("block.py", [], env, tmp_path) for env in places]
+    try:
+        told = [process.communicate(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0] * len(places), told
 
 
 def directives() -> ModuleType:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 import os
 import time
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import RankError, run
+from ranks import RankError, run, run_each
 from strangers import batch_of, spread, train, values
 from torch import nn
 
@@ -102,7 +103,7 @@ def other_settings(world: World, what: str) -> str:
     ],
 )
 def test_ranks_that_are_set_up_differently_are_told(what: str, told: str) -> None:
-    for said in run(2, other_settings, what, fresh=True):
+    for said in run(2, other_settings, what):
         assert told in said
 
 
@@ -122,7 +123,7 @@ def ending_early(world: World, period: int) -> None:
 def test_a_rank_that_ends_its_loop_early_is_named_at_once(period: int, told: list[str]) -> None:
     began = time.monotonic()
     with pytest.raises(RankError) as caught:
-        run(2, ending_early, period, fresh=True)
+        run(2, ending_early, period)
     assert time.monotonic() - began < 20
     for text in told:
         assert text in str(caught.value)
@@ -148,7 +149,7 @@ def more_passes(world: World) -> str:
 
 
 def test_unequal_backward_passes_are_told_at_once() -> None:
-    for said in run(2, more_passes, fresh=True):
+    for said in run(2, more_passes):
         assert "rank 0 is at pass 1 of step 4 of this phase; rank 1 is at pass 2 of step 3" in said
         assert "sync.no_sync()" in said
 
@@ -217,26 +218,26 @@ def poisoned(world: World, what: str, settings: dict[str, Any]) -> tuple[bool, b
     return clean, finite, [round_.left_out for round_ in heard if round_.left_out], apart
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"wire_format": "int8"},
-        {"wire_format": "int4", "delay_steps": 1, "outer": "fedavgm"},
-        {"delay_steps": 2},
-        {"state": "average"},
-        {"fragments": 2},
-        {"mixing": 0.5},
-    ],
-)
-@pytest.mark.parametrize("what", ["weights", "statistics"])
-def test_what_is_not_finite_never_reaches_another_rank(what: str, settings: dict[str, Any]) -> None:
-    for clean, finite, left_out, apart in run(2, poisoned, what, settings):
-        assert clean
-        assert finite
-        assert apart < 1e-6
-        if what == "weights" and "fragments" not in settings:
-            assert left_out == [(1,)]
+WAYS: list[dict[str, Any]] = [
+    {},
+    {"wire_format": "int8"},
+    {"wire_format": "int4", "delay_steps": 1, "outer": "fedavgm"},
+    {"delay_steps": 2},
+    {"state": "average"},
+    {"fragments": 2},
+    {"mixing": 0.5},
+]
+
+
+def test_what_is_not_finite_never_reaches_another_rank() -> None:
+    cases = list(itertools.product(("weights", "statistics"), WAYS))
+    for case, ranks in zip(cases, run_each(2, poisoned, cases), strict=True):
+        for clean, finite, left_out, apart in ranks:
+            assert clean, case
+            assert finite, case
+            assert apart < 1e-6, case
+            if case[0] == "weights" and "fragments" not in case[1]:
+                assert left_out == [(1,)], case
 
 
 def no_samples(world: World, settings: dict[str, Any]) -> tuple[list[float], float, float]:
@@ -256,12 +257,13 @@ def no_samples(world: World, settings: dict[str, Any]) -> tuple[list[float], flo
     return losses, spread(*model.parameters()), float(values(model).abs().max())
 
 
-@pytest.mark.parametrize("settings", [{}, {"wire_format": "int8"}, {"delay_steps": 1}, {"outer": "slowmo"}])
-def test_an_empty_batch_counts_for_nothing(settings: dict[str, Any]) -> None:
-    for losses, apart, largest in run(2, no_samples, settings):
-        assert all(loss == loss for loss in losses)
-        assert apart < 1e-6
-        assert largest < 10
+def test_an_empty_batch_counts_for_nothing() -> None:
+    cases: list[tuple[Any]] = [({},), ({"wire_format": "int8"},), ({"delay_steps": 1},), ({"outer": "slowmo"},)]
+    for case, ranks in zip(cases, run_each(2, no_samples, cases), strict=True):
+        for losses, apart, largest in ranks:
+            assert all(loss == loss for loss in losses), case
+            assert apart < 1e-6, case
+            assert largest < 10, case
 
 
 # ---- types
@@ -287,34 +289,35 @@ def of_type(world: World, kind: torch.dtype, period: int, settings: dict[str, An
     return values(model), spread(*model.parameters())
 
 
-@pytest.mark.parametrize("settings", [{}, {"wire_format": "int8"}, {"delay_steps": 1}, {"outer": "diloco"}])
-@pytest.mark.parametrize("kind", [torch.float64, torch.complex64, torch.complex128, torch.bfloat16, torch.float16])
-def test_replicas_of_any_type_become_one(kind: torch.dtype, settings: dict[str, Any]) -> None:
-    for weights, apart in run(2, of_type, kind, 2, settings):
-        assert apart < 1e-6
-        assert torch.isfinite(weights).all()
+def test_replicas_of_any_type_become_one() -> None:
+    kinds = torch.float64, torch.complex64, torch.complex128, torch.bfloat16, torch.float16
+    ways: list[dict[str, Any]] = [{}, {"wire_format": "int8"}, {"delay_steps": 1}, {"outer": "diloco"}]
+    cases = [(kind, 2, settings) for kind in kinds for settings in ways]
+    for case, ranks in zip(cases, run_each(2, of_type, cases), strict=True):
+        for weights, apart in ranks:
+            assert apart < 1e-6, case
+            assert torch.isfinite(weights).all(), case
 
 
-@pytest.mark.parametrize("kind", [torch.float64, torch.complex64, torch.bfloat16])
-def test_period_1_in_any_type(kind: torch.dtype) -> None:
-    results = run(2, of_type, kind, 1, {})
-    assert all(apart == 0 for _, apart in results)
-    if kind == torch.float64:
-        model = nn.Linear(4, 1).double()
-        torch.manual_seed(0)
-        torch.set_default_dtype(torch.float64)
-        try:
-            model = nn.Linear(4, 1)
-        finally:
-            torch.set_default_dtype(torch.float32)
-        optimizer = torch.optim.SGD(model.parameters(), 0.01)
-        for step in range(4):
-            optimizer.zero_grad()
-            for rank in range(2):
-                x, y = (each.double() for each in batch_of(rank, step))
-                ((model(x) - y).square().mean() / 2).backward()
-            optimizer.step()
-        torch.testing.assert_close(results[0][0], values(model), rtol=1e-12, atol=1e-12)
+def test_period_1_in_any_type() -> None:
+    cases = [(kind, 1, {}) for kind in (torch.float64, torch.complex64, torch.bfloat16)]
+    results = run_each(2, of_type, cases)
+    for case, ranks in zip(cases, results, strict=True):
+        assert all(apart == 0 for _, apart in ranks), case
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float64)
+    try:
+        model = nn.Linear(4, 1)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    for step in range(4):
+        optimizer.zero_grad()
+        for rank in range(2):
+            x, y = (each.double() for each in batch_of(rank, step))
+            ((model(x) - y).square().mean() / 2).backward()
+        optimizer.step()
+    torch.testing.assert_close(results[0][0][0], values(model), rtol=1e-12, atol=1e-12)
 
 
 class Bag(nn.Module):
@@ -345,12 +348,12 @@ def sparse(world: World, period: int, unused: bool) -> tuple[float, bool]:
     return spread(*model.parameters()), laid_out
 
 
-@pytest.mark.parametrize("unused", [False, True])
-@pytest.mark.parametrize("period", [1, 2])
-def test_sparse_gradients(period: int, unused: bool) -> None:
-    for apart, laid_out in run(2, sparse, period, unused):
-        assert apart < 1e-6
-        assert laid_out
+def test_sparse_gradients() -> None:
+    cases = list(itertools.product((1, 2), (False, True)))
+    for case, ranks in zip(cases, run_each(2, sparse, cases), strict=True):
+        for apart, laid_out in ranks:
+            assert apart < 1e-6, case
+            assert laid_out, case
 
 
 class Coded(torch.optim.SGD):
@@ -426,9 +429,10 @@ def again_and_again(world: World, settings: dict[str, Any]) -> float:
     return spread(*model.parameters())
 
 
-@pytest.mark.parametrize("settings", [{}, {"delay_steps": 1}, {"wire_format": "int4", "fragments": 2}])
-def test_a_block_an_epoch(settings: dict[str, Any]) -> None:
-    assert all(apart < 1e-6 for apart in run(2, again_and_again, settings))
+def test_a_block_an_epoch() -> None:
+    cases: list[tuple[Any]] = [({},), ({"delay_steps": 1},), ({"wire_format": "int4", "fragments": 2},)]
+    for case, ranks in zip(cases, run_each(2, again_and_again, cases), strict=True):
+        assert all(apart < 1e-6 for apart in ranks), case
 
 
 class Failing(torch.optim.SGD):
@@ -487,9 +491,9 @@ def without_gradients(world: World, period: int) -> float:
     return spread(*model.parameters())
 
 
-@pytest.mark.parametrize("period", [0, 1, 2])
-def test_an_evaluation_inside_inference_mode(period: int) -> None:
-    assert all(apart < 1e-6 for apart in run(2, without_gradients, period))
+def test_an_evaluation_inside_inference_mode() -> None:
+    for period, ranks in enumerate(run_each(2, without_gradients, [(0,), (1,), (2,)])):
+        assert all(apart < 1e-6 for apart in ranks), period
 
 
 # ---- groups, launchers, logs
@@ -510,11 +514,11 @@ def in_groups(world: World, period: int) -> tuple[float, float]:
     return float((weights[mine[1]] - here).abs().max()), float((there - here).abs().max())
 
 
-@pytest.mark.parametrize("period", [1, 3])
-def test_two_groups_train_two_models_side_by_side(period: int) -> None:
-    for within, between in run(4, in_groups, period):
-        assert within < 1e-6
-        assert between > 1e-3
+def test_two_groups_train_two_models_side_by_side() -> None:
+    for ranks in run_each(4, in_groups, [(1,), (3,)]):
+        for within, between in ranks:
+            assert within < 1e-6
+            assert between > 1e-3
 
 
 def dealt_out(world: World) -> tuple[float, float, torch.Tensor]:
@@ -534,7 +538,7 @@ def dealt_out(world: World) -> tuple[float, float, torch.Tensor]:
 
 
 def test_levels_are_those_that_ranks_tell_of_their_nodes() -> None:
-    results = run(4, dealt_out, fresh=True)
+    results = run(4, dealt_out)
     for inside, between, weights in results:
         assert inside < 1e-6
         assert between > 1e-3
@@ -551,7 +555,7 @@ def bare_launch(world: World) -> tuple[int, int]:
 
 
 def test_rank_and_world_size_are_enough_of_a_launcher() -> None:
-    assert run(2, bare_launch, fresh=True) == [(0, 2), (1, 2)]
+    assert run(2, bare_launch) == [(0, 2), (1, 2)]
 
 
 def quiet(world: World) -> list[str]:
@@ -588,7 +592,7 @@ def failing(world: World) -> None:
 
 def test_who_fails_tells_the_others_why() -> None:
     with pytest.raises(RankError) as caught:
-        run(2, failing, fresh=True)
+        run(2, failing)
     told = "comparing rounds failed on rank 0 of 2: rank 1 left with KeyError: 'a sample is missing'"
     assert told in str(caught.value)
 
@@ -620,7 +624,7 @@ def alone(world: World, what: str) -> None:
 def test_what_one_rank_does_by_itself_is_told_at_once(what: str, told: str) -> None:
     began = time.monotonic()
     with pytest.raises(RankError) as caught:
-        run(2, alone, what, fresh=True)
+        run(2, alone, what)
     assert time.monotonic() - began < 25
     assert told in str(caught.value)
 
@@ -647,7 +651,7 @@ def test_gradients_that_a_loop_keeps_stay_what_they_were() -> None:
 
 def test_a_mistake_in_a_test_of_ranks_is_seen() -> None:
     with pytest.raises(RankError, match="assert 1 == 2"):
-        run(2, wrong, fresh=True)
+        run(2, wrong)
 
 
 def wrong(world: World) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import RankError, run
+from ranks import RankError, run, run_each
 from strangers import batch_of, spread, train, values
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -73,19 +73,16 @@ def changing(world: World, change: Any, period: int, way: dict[str, Any], adam: 
     return inside, spread(*model.parameters()), trained
 
 
-@pytest.mark.parametrize("adam", [False, True])
-@pytest.mark.parametrize(
-    ("period", "way"), [(1, "plain"), (0, "plain"), *((period, way) for period in (4,) for way in WAYS)]
-)
 @pytest.mark.parametrize(("change", "trained"), [(freeze, 2), (unfreeze, 4), (replace, 4), (add, 6)])
-def test_layers_that_change_are_averaged_from_the_next_round_on(
-    change: Any, trained: int, period: int, way: str, adam: bool
-) -> None:
-    for inside, after, members in run(2, changing, change, period, WAYS[way], adam):
-        assert inside < 1e-6
-        assert after < 1e-6
-        if period:  # else they are taken in where the replicas are averaged
-            assert members == trained
+def test_layers_that_change_are_averaged_from_the_next_round_on(change: Any, trained: int) -> None:
+    ways = [(1, "plain"), (0, "plain"), *((4, way) for way in WAYS)]
+    cases = [(change, period, WAYS[way], adam) for period, way in ways for adam in (False, True)]
+    for case, ranks in zip(cases, run_each(2, changing, cases), strict=True):
+        for inside, after, members in ranks:
+            assert inside < 1e-6, case
+            assert after < 1e-6, case
+            if case[1]:  # else they are taken in where the replicas are averaged
+                assert members == trained, case
 
 
 def changed_on_one(world: World) -> str:
@@ -103,7 +100,7 @@ def changed_on_one(world: World) -> str:
 
 
 def test_a_layer_frozen_on_one_rank_is_told_on_all() -> None:
-    for said in run(2, changed_on_one, fresh=True):
+    for said in run(2, changed_on_one):
         assert "parameter '0.weight': requires_grad is True on rank 0 but False on rank 1" in said
 
 
@@ -150,13 +147,14 @@ def with_teacher(world: World, how: str, policy: Any) -> tuple[float, list[float
     return apart, told, torch.equal(model.mask, mask)
 
 
-@pytest.mark.parametrize("how", ["lerp", "data", "assigned"])
-@pytest.mark.parametrize("policy", [Constant(8, 4), Alternating(Plan(8, 4), Plan(8, 1), steps_per_phase=8)])
-def test_a_teacher_inside_is_one_in_the_consensus_model(how: str, policy: Any) -> None:
-    for apart, told, kept in run(2, with_teacher, how, policy):
-        assert apart < 1e-6
-        assert told[1] == max(12, 24)  # the largest of the counters
-        assert kept, "a mask of minus infinities stays as it is"
+def test_a_teacher_inside_is_one_in_the_consensus_model() -> None:
+    policies = Constant(8, 4), Alternating(Plan(8, 4), Plan(8, 1), steps_per_phase=8)
+    cases = list(itertools.product(("lerp", "data", "assigned"), policies))
+    for case, ranks in zip(cases, run_each(2, with_teacher, cases), strict=True):
+        for apart, told, kept in ranks:
+            assert apart < 1e-6, case
+            assert told[1] == max(12, 24), case  # the largest of the counters
+            assert kept, f"a mask of minus infinities stays as it is: {case}"
 
 
 # ---- one module for life, called in any way
@@ -201,7 +199,7 @@ def step_of(kind: str, model: Any, optimizer: torch.optim.Optimizer, x: torch.Te
     return total.detach()
 
 
-def as_large_batch(kind: str, ranks: int, adam: bool) -> torch.Tensor:
+def as_large_batch(ranks: int, adam: bool) -> torch.Tensor:
     """The same training by hand: gradients of all ranks' batches, averaged."""
     torch.manual_seed(0)
     model = Odd()
@@ -229,13 +227,13 @@ def at_period_1(world: World, kind: str, called: str, adam: bool) -> torch.Tenso
     return values(model)
 
 
-@pytest.mark.parametrize("adam", [False, True])
-@pytest.mark.parametrize("called", ["sync.model", "model"])
-@pytest.mark.parametrize("kind", ["usual", "kept grads", "method", "two passes", "checkpoint", "all in a checkpoint"])
-def test_period_1_is_large_batch_training_however_the_model_is_called(kind: str, called: str, adam: bool) -> None:
-    wanted = as_large_batch(kind, 2, adam)
-    for found in run(2, at_period_1, kind, called, adam):
-        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+def test_period_1_is_large_batch_training_however_the_model_is_called() -> None:
+    kinds = "usual", "kept grads", "method", "two passes", "checkpoint", "all in a checkpoint"
+    cases = list(itertools.product(kinds, ("sync.model", "model"), (False, True)))
+    wanted = {adam: as_large_batch(2, adam) for adam in (False, True)}
+    for case, ranks in zip(cases, run_each(2, at_period_1, cases), strict=True):
+        for found in ranks:
+            torch.testing.assert_close(found, wanted[case[2]], rtol=1e-4, atol=1e-5, msg=lambda m, c=case: f"{c}: {m}")
 
 
 def front_door(world: World) -> list[Any]:
@@ -293,9 +291,9 @@ def compiled(world: World, period: int) -> tuple[float, int]:
     return spread(*model.parameters()), len(sync._gradients._buckets)
 
 
-@pytest.mark.parametrize("period", [1, 3])
-def test_compiled_models_are_averaged_too(period: int) -> None:
-    assert all(apart < 1e-6 for apart, _ in run(2, compiled, period, fresh=True))
+def test_compiled_models_are_averaged_too() -> None:
+    for ranks in run_each(2, compiled, [(1,), (3,)]):
+        assert all(apart < 1e-6 for apart, _ in ranks)
 
 
 # ---- what is refused
@@ -344,11 +342,11 @@ def refused(world: World, name: str) -> str:
     return ""
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_a_model_that_cannot_be_averaged_is_refused_in_one_line(name: str) -> None:
-    for said in run(2, refused, name, fresh=True):
-        assert REFUSED[name][1] in said
-        assert "\n" not in said
+def test_a_model_that_cannot_be_averaged_is_refused_in_one_line() -> None:
+    for name, ranks in zip(REFUSED, run_each(2, refused, [(name,) for name in REFUSED]), strict=True):
+        for said in ranks:
+            assert REFUSED[name][1] in said, name
+            assert "\n" not in said, name
 
 
 def other_optimizers(world: World) -> list[str]:
@@ -390,7 +388,7 @@ def unlike(world: World, what: str) -> str:
 
 @pytest.mark.parametrize("what", ["shape", "type", "missing", "strides", "requires_grad", "in the optimizer"])
 def test_models_that_differ_are_told_before_anything_is_sent(what: str) -> None:
-    for said in run(2, unlike, what, fresh=True):
+    for said in run(2, unlike, what):
         assert f"{what} is" in said or "is missing on rank 1" in said
         assert "parameter '" in said
         assert "rank 1" in said
@@ -404,10 +402,11 @@ def small_files(world: World, way: dict[str, Any]) -> tuple[int, int]:
     return before, len(_saved(model[2].state_dict()).getvalue())
 
 
-@pytest.mark.parametrize("way", ["plain", "delayed", "int8 in halves"])
-def test_a_part_of_the_model_is_as_large_a_file_as_before(way: str) -> None:
-    for before, after in run(2, small_files, WAYS[way]):
-        assert after == before
+def test_a_part_of_the_model_is_as_large_a_file_as_before() -> None:
+    ways = [(WAYS[way],) for way in ("plain", "delayed", "int8 in halves")]
+    for way, ranks in zip(ways, run_each(2, small_files, ways), strict=True):
+        for before, after in ranks:
+            assert after == before, way
 
 
 def memory_shared(world: World) -> str:
@@ -420,4 +419,4 @@ def memory_shared(world: World) -> str:
 
 def test_parameters_that_share_memory_are_refused() -> None:
     with pytest.raises(RankError, match="share memory"):
-        run(2, memory_shared, fresh=True)
+        run(2, memory_shared)

@@ -117,17 +117,20 @@ LATE = {"delay_steps": 4}
 )
 def test_every_way_of_averaging_resumes_exactly_also_in_mid_transfer(tmp_path: Path, sync: dict[str, Any]) -> None:
     often = {"every_samples": 40, "keep": 100}  # at every local step or two of a small-batch phase
-    resume_exactly(tmp_path, 2, (2, 4, 20), sync=sync, checkpoint=often)
+    late = 4 if "delay_steps" in sync else 2  # with a transfer under way, and without
+    numbers = tuple(dict.fromkeys((2, late, 20)))  # the last is in the third phase
+    resume_exactly(tmp_path, 2, numbers, sync=sync, checkpoint=often, run={"samples": 880})
 
 
 def resume_exactly(root: Path, size: int, numbers: Sequence[int] = (0,), **sections: dict[str, Any]) -> None:
     """Go on from some of a run's checkpoints, and end as the uninterrupted run does."""
     run(size, in_process, settings(root, "whole", **sections))
+    given = sections.pop("run", {})
     for number in numbers:
         cut = shutil.copytree(root / "whole", root / f"cut-{number}")
         chosen = sorted((cut / "checkpoints").iterdir())[number]
         (cut / "model.pt").unlink()
-        run(size, in_process, settings(root, cut.name, run={"resume": str(chosen)}, **sections))
+        run(size, in_process, settings(root, cut.name, run={"resume": str(chosen), **given}, **sections))
         assert any(line.get("what") == "resumed" for line in lines(cut))
         assert torch.equal(weights(cut), weights(root / "whole"))
         assert told(cut) == told(root / "whole")
@@ -156,7 +159,8 @@ class Noisy(torch.utils.data.Dataset[Any]):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_reading_through_a_loader_resumes_exactly_too(tmp_path: Path, workers: int) -> None:
     data = {"name": "test_train:noisy_data", "workers": workers}
-    resume_exactly(tmp_path, 2, data=data)
+    seldom = {"every_samples": 10**6}  # each evaluation begins reading processes of its own
+    resume_exactly(tmp_path, 2, data=data, eval=seldom, run={"samples": 800})
 
 
 def test_a_checkpoint_of_another_policy_is_refused_and_the_run_stays(whole: Path) -> None:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import Command, ranks_env
 
 RECIPE = """
 [run]
@@ -41,25 +39,11 @@ reference_s = 0.0
 
 def train(folder: Path, *flags: str, ranks: int = 1, path: Path | None = None) -> tuple[str, str]:
     """What rank 0 says on both streams of a run that ends well."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
     recipe = folder / "recipe.toml"
     recipe.write_text(RECIPE)
-    place = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    place |= {"OMP_NUM_THREADS": 1}
-    place |= {} if path is None else {"PYTHONPATH": f"{path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-    command = [sys.executable, "-m", "trainer", str(recipe), "--run.root", str(folder), *flags]
-    processes = [
-        subprocess.Popen(
-            command,
-            env=os.environ | {name: str(value) for name, value in (place | {"RANK": r, "LOCAL_RANK": r}).items()},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for r in range(ranks)
-    ]
+    more = {} if path is None else {"PYTHONPATH": f"{path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    given = [str(recipe), "--run.root", str(folder), *flags]
+    processes = [Command("trainer", given, env | more) for env in ranks_env(ranks)]
     try:
         told = [process.communicate(timeout=200) for process in processes]
     finally:

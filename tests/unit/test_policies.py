@@ -131,7 +131,7 @@ def observed(draw: Random) -> Observation:
 @pytest.mark.parametrize(
     "policy", [*(kind() for kind in POLICIES.values()), Remembering()], ids=lambda p: type(p).__name__
 )
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(seed=st.integers(0, 2**32), count=st.integers(0, 30), cut=st.integers(0, 30))
 def test_plans_are_a_function_of_observations_through_any_save_and_load(
     policy: Policy, seed: int, count: int, cut: int

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import pairwise
 from typing import Any
 
@@ -31,6 +33,7 @@ from trainer.policies import (
     PostLocal,
     SelSync,
 )
+from trainer.policies import constants as autopilots
 from trainer.policies.autopilot import _ranked
 from trainer.policies.goodput import Costs, fitted
 from trainer.policies.worth import worth
@@ -354,6 +357,19 @@ def cruise(policy: Autopilot, transfer_s: float, rounds: int = 60, **figures: fl
     for index in range(1, rounds):
         controller.observe(seen_by(controller.plan, round=index, transfer_s=transfer_s, **figures))
     return controller
+
+
+def test_every_constant_of_the_autopilot_says_its_source_and_its_error() -> None:
+    body = next(each for each in ast.parse(inspect.getsource(autopilots)).body if isinstance(each, ast.ClassDef)).body
+    told = {
+        field.target.id: text.value.value
+        for field, text in pairwise(body)
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+        if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
+    }
+    assert set(told) == {field.name for field in fields(autopilots.Constants)}
+    for name, text in told.items():
+        assert text.index("Source:") < text.index("Error:"), name
 
 
 @pytest.mark.parametrize(("noise", "larger"), [(2_000.0, True), (30.0, False)])

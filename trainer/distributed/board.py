@@ -43,6 +43,13 @@ class Board:
         number = next(_opened.setdefault(store, itertools.count()))
         return cls(rank, size, store, f"ebbtide/{ranks}/{number}")
 
+    def begin(self) -> None:
+        """This rank takes part from its first step on: what it said of an earlier loop counts no more."""
+        self.step = 0
+        if self._word is not None:
+            self._word = None
+            self._write()
+
     def say(self, reason: str, *, after_step: int | None = None) -> None:
         """Tell the others why this rank leaves; the latest word counts, and a store that is gone is no error.
 

@@ -13,13 +13,15 @@ import torch
 from torch import nn
 
 from trainer.config.config import Config, DataConfig
+from trainer.config.federated import device_plan
 from trainer.data import DataPart, DevicePictures, Sharing, held_out, keys_of, labels_of, share_out
 from trainer.data.device_data import Request
 from trainer.data.partition import Indices
 from trainer.distributed.collectives import Collectives
 from trainer.errors import ConfigError
-from trainer.federated.cohorts import DeviceRound
+from trainer.federated.cohorts import DeviceRound, Fleet
 from trainer.federated.devices import Devices
+from trainer.federated.profiles import Profile
 from trainer.loop.optimizer import build_optimizer, set_learning_rate
 from trainer.loop.step import LocalStep
 from trainer.sync.local_sgd import LocalSGD
@@ -71,6 +73,20 @@ def hosted_by(shards: Sequence[Indices], rank: int, ranks: int, config: Config) 
         count += len(chosen) + len(kept)
     settings = asdict(config.federated)
     return np.concatenate(places), Hosted(Devices(train, seed=config.run.seed, **settings), test)
+
+
+def check_fleet(config: Config, shards: Sequence[Indices], parameters: int) -> None:
+    """Refuse a profile or a deadline that these devices cannot have.
+
+    Raises:
+        ConfigError: one line with the setting and the mend.
+    """
+    federated, seed = config.federated, config.run.seed
+    profile = Profile.of(federated.profile, len(shards), seed)
+    trained = (held_out(shard, config.data.test_share, seed, device)[0] for device, shard in enumerate(shards))
+    fleet = Fleet(federated, tuple(map(len, trained)), profile, seed, parameters)
+    for plan in config.policy.plans():
+        fleet.check_deadline(device_plan(plan, federated, config.sync))
 
 
 def device_figures(devices: DeviceRound) -> dict[str, Any]:

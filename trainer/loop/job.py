@@ -20,11 +20,11 @@ from trainer.data import DataPart, DevicePictures, ShardStream, open_part
 from trainer.distributed.launcher import read_launch
 from trainer.distributed.world import World
 from trainer.federated.devices import Devices
-from trainer.loop.federated import Hosted, hosted_by, shards_of
+from trainer.loop.federated import Hosted, check_fleet, hosted_by, shards_of
 from trainer.loop.reference import recorded_reference
 from trainer.loop.step import LocalStep
 from trainer.sync.local_sgd import LocalSGD
-from trainer.tasks import build_model, loss_function
+from trainer.tasks import build_model, loss_function, parameter_count
 
 AGAIN_S = 2.0
 """A SIGINT sooner after the first is the same one: a terminal sends it to every process, and torchrun passes it on."""
@@ -66,6 +66,8 @@ class Job:
         channels, size = (first.shape[0], first.shape[-1]) if first.dim() == 3 else (1, first.shape[-1])
         torch.manual_seed(seed)
         model = build_model(config.task, shard.classes, channels, size)
+        if config.federated.is_on:
+            check_fleet(config, shards, parameter_count(model))
         folder = Path(config.run.root) / config.run.name
         loss = loss_function(config.task)
         alone = recorded_reference(config)

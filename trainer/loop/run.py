@@ -160,7 +160,9 @@ class Run:
         self._best, self._skipped, self._alone = state["best"], state["skipped"], state["alone"]
         self._last, self._saved = state["last"], sync.local_step
         self._virtual_s = state["virtual_s"]
-        self._next_eval, self._next_save = state["next_eval"], state["next_save"]
+        config, samples = self._config, self._sync.samples
+        self._next_eval = _mark(state["next_eval"], config.eval.every_samples, samples)
+        self._next_save = _mark(state["next_save"], config.checkpoint.every_samples, samples)
         self._facts["started_at"], self._earlier_s = state["started_at"], state["wall_s"]
         LOG.debug("rank %d: resumed at step %d", sync.world.rank, sync.local_step)
         self._records.say_start(self._facts | planned(self._config))
@@ -417,3 +419,10 @@ class Run:
 
 def _measured(figure: float) -> float | None:
     return figure if math.isfinite(figure) else None
+
+
+def _mark(saved: int | None, every: int | None, samples: int) -> int | None:
+    """Samples at which something is due next: as the checkpoint has it, unless it is done now and was not then."""
+    if every is None or saved is not None:
+        return saved if every is not None else None
+    return (samples // every + 1) * every

@@ -10,22 +10,13 @@ from operator import itemgetter
 from typing import Any, Literal
 
 from trainer.errors import require, require_at_least
-from trainer.plan import Decision, Memory, Observation, Plan, WireFormat
+from trainer.plan import Decision, Memory, Observation, Plan
 from trainer.policies.base import LrScaling, Policy, held, register
+from trainer.policies.constants import CONSTANTS
 from trainer.policies.goodput import Costs
 from trainer.policies.worth import Worth, drift_of, worth
 
-FORMATS: tuple[WireFormat, ...] = ("float32", "int8", "int4")
-FRAGMENTS = 1, 2, 3, 4
-PROBE_PERIOD, PROBE_STEPS = 2, 32
-NEAR = 4  # times the present period, at most: how fast replicas part was measured near it
-LARGER_PERIOD = 8  # of a larger batch's probe, at most, so that it ends soon
-FULL_MEMORY = 0.9
 SHOWN = 4
-TIE = 0.03  # goodput so near the best counts as good: then the fewest averages, and fragments, decide
-CARE = {"time": 2.0, "bytes": 2.0, "accuracy": 16.0}
-LATE_CARE = 4.0  # times as much in the late part
-SLACK = 1.5  # times the bound, before a Plan must end
 _plan = cache(Plan)  # the same candidates come again and again, and a Plan checks itself
 
 
@@ -96,11 +87,11 @@ class Autopilot(Policy):
 
     def _probe(self, batch: int) -> Plan:
         # of the shortest rounds, since replicas that part in a run's first steps cost its final accuracy
-        return Plan(batch, PROBE_PERIOD, delay_steps=0, wire_format="int4", fragments=1)
+        return Plan(batch, CONSTANTS.probe_period, delay_steps=0, wire_format="int4", fragments=1)
 
     def _end_probe(self, seen: Observation, costs: Costs, kept: dict[str, Any], why: dict[str, Any]) -> Decision:
         """Measure on, until what was measured can be compared."""
-        if seen.phase_steps < PROBE_STEPS or costs.largest_batch < seen.plan.batch_per_rank:
+        if seen.phase_steps < CONSTANTS.probe_steps or costs.largest_batch < seen.plan.batch_per_rank:
             return Decision(seen.plan, seen.phase_name, why, kept)
         if not costs.transfer_s and seen.ranks > 1:
             return Decision(seen.plan, seen.phase_name, why | {"held": "not measured: transfer_s"}, kept)
@@ -113,7 +104,7 @@ class Autopilot(Policy):
         late = seen.progress >= self.late_from
         largest = self.batch_per_rank if late else self._largest(costs)
         entering = late and not seen.phase_name.startswith("late")
-        apart = drift_of(seen.plan, costs, seen.ranks) > SLACK * self.max_divergence
+        apart = drift_of(seen.plan, costs, seen.ranks) > CONSTANTS.slack * self.max_divergence
         forced = at_once or entering or apart or seen.plan.batch_per_rank > largest
         if not forced and kept["since"] < self.min_stay_steps:
             return Decision(seen.plan, seen.phase_name, why, kept)
@@ -122,11 +113,11 @@ class Autopilot(Policy):
         why["current"] = current.told()
         kept["expected"] = current.samples_per_s
         if not at_once and self._may_pay(current, costs, largest, seen.ranks):
-            period = min(seen.plan.sync_period_steps, LARGER_PERIOD)
+            period = min(seen.plan.sync_period_steps, CONSTANTS.larger_period)
             plan = replace(self._probe(2 * self.batch_per_rank), sync_period_steps=period)
             return Decision(plan, "probe larger", why, kept)
         largest = min(largest, 2 * max(seen.plan.batch_per_rank, self.batch_per_rank))  # what is near was measured
-        longest = min(NEAR * seen.plan.sync_period_steps, self.max_period_steps)
+        longest = min(CONSTANTS.reach * seen.plan.sync_period_steps, self.max_period_steps)
         found = [self._worth(plan, costs, seen.ranks) for plan in self._candidates(costs, largest, longest)]
         usable = [each for each in found if math.isfinite(each.goodput)]
         if not usable:
@@ -167,7 +158,7 @@ class Autopilot(Policy):
 
     def _score(self, each: Worth, late: bool) -> float:
         """Goodput with care."""
-        care = (CARE[self.target] if self.care is None else self.care) * (LATE_CARE if late else 1)
+        care = (CONSTANTS.care[self.target] if self.care is None else self.care) * (CONSTANTS.late_care if late else 1)
         return float(each.samples_per_s * each.efficiency**care)
 
     def _candidates(self, costs: Costs, largest: int, longest: int) -> Iterator[Plan]:
@@ -176,9 +167,9 @@ class Autopilot(Policy):
             step_s = costs.step(batch)
             yield _plan(batch, 1)
             for period in self._periods(longest):
-                for wire in FORMATS:
+                for wire in CONSTANTS.formats:
                     yield _plan(batch, period, delay_steps=0, wire_format=wire, fragments=1)
-                    for fragments in (each for each in FRAGMENTS if each <= period):
+                    for fragments in (each for each in CONSTANTS.fragments if each <= period):
                         transfer_s = costs.transfer(wire, fragments, hidden=True)
                         if fragments > 1 and fragments * transfer_s > period * step_s:
                             continue  # a link has no time for more than this
@@ -209,7 +200,7 @@ class Autopilot(Policy):
         """The largest batch that memory has room for, if it grows with the batch."""
         if not costs.memory_share > 0:
             return self.max_batch_per_rank
-        room = costs.memory_batch * FULL_MEMORY / costs.memory_share
+        room = costs.memory_batch * CONSTANTS.full_memory / costs.memory_share
         return max(self.batch_per_rank, math.floor(min(self.max_batch_per_rank, room)))
 
     @staticmethod
@@ -222,7 +213,7 @@ class Autopilot(Policy):
 def _ranked(scored: Sequence[tuple[float, Worth]]) -> list[tuple[float, Worth]]:
     """Best first; of those that are about as good the one that averages least often, and in the fewest fragments."""
     ranked = sorted(scored, key=itemgetter(0), reverse=True)
-    ties = [place for place, (score, _) in enumerate(ranked) if score >= (1 - TIE) * ranked[0][0]]
+    ties = [place for place, (score, _) in enumerate(ranked) if score >= (1 - CONSTANTS.tie) * ranked[0][0]]
     best = ranked.pop(max(ties, key=lambda place: _rarity(ranked[place][1].plan)))
     return [best, *ranked]
 

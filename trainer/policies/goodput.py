@@ -15,24 +15,11 @@ from typing import Any
 import numpy as np
 
 from trainer.plan import Observation, Plan
+from trainer.policies.constants import CONSTANTS, GRADIENTS
 
 BESIDE = " beside"
-GRADIENTS = "gradients"  # averaged at period 1, beside the formats that parameters are averaged in
-BYTES_OF_FLOAT32 = {GRADIENTS: 1.0, "float32": 1.0, "bf16": 0.5, "int8": 0.266, "int4": 0.141}
-HIDING_SHARE = 0.5
-"""Of a local step: the backward pass's, beside which gradients are averaged."""
-FRAGMENT_COST = 0.25
-"""What each further fragment of an average takes, of cores and of time, over what the whole average does: of 1.7
-million parameters quarters took 1.9 times as long as the whole, all in all, and thirds 1.6 times."""
-WAITED_COST = 0.5
-"""What an average that is waited for takes from the steps around it, over what a hidden one takes from those beside it:
-caches have gone cold. On two machines a quarter and three quarters of it."""
-FIT_DECAY = 0.9
-KNOWN_ROUNDS = 16  # after which a kind of local step is known well enough to tell how fast the machine is
 LEAST_LR = 1e-12  # below it nothing moves by the rate
 DEPENDENT = 1e-10  # squared sine of an angle below which columns of points are taken for one
-DRIFT_POWER = 1.5
-"""Squared distance of replicas by local steps: 1 for a random walk, up to 3 within the memory of a momentum."""
 
 
 def fitted(points: Sequence[tuple[float, float, float]]) -> tuple[float, float, float]:
@@ -105,7 +92,7 @@ class Costs:
         if settled and seen.transfer_s > 0 and ran.sync_period_steps > 1:
             found = replace(found, transfer_s=self._transfers(sent(ran), seen.transfer_s))
         if settled and seen.sync_wait_s > 0 and seen.slowest_compute_s > 0 and ran.sync_period_steps == 1:
-            seconds = (seen.sync_wait_s + HIDING_SHARE * seen.slowest_compute_s) / seen.steps
+            seconds = (seen.sync_wait_s + CONSTANTS.hiding_share * seen.slowest_compute_s) / seen.steps
             found = replace(found, transfer_s=self._transfers(GRADIENTS, seconds))
         seconds = seen.slowest_compute_s + seen.sync_wait_s
         if settled and seconds > 0 and ran.sync_period_steps == seen.steps:
@@ -114,9 +101,9 @@ class Costs:
             found = replace(found, lr=seen.lr, most_lr=max(seen.lr, self.most_lr))
         if seen.divergence > 0 and seen.model_sq_norm > 0 and seen.steps and seen.lr > LEAST_LR:
             # with a delay too: since a snapshot an average has come, so the next holds the steps between the two
-            drift = seen.divergence / seen.model_sq_norm / seen.steps**DRIFT_POWER / seen.lr**2
+            drift = seen.divergence / seen.model_sq_norm / seen.steps**CONSTANTS.drift_power / seen.lr**2
             before = self.unit_drift if self.unit_drift > 0 else drift
-            found = replace(found, unit_drift=FIT_DECAY * before + (1 - FIT_DECAY) * drift)
+            found = replace(found, unit_drift=CONSTANTS.mean_decay * before + (1 - CONSTANTS.mean_decay) * drift)
         if seen.noise_scale > 0:
             found = replace(found, noise_scale=seen.noise_scale)
         if seen.memory_share > 0:
@@ -128,11 +115,12 @@ class Costs:
         """With one more round's seconds of a local step. Once what is in use is known, what is not moves as that does:
         a machine that slows down, slows all of them down."""
         rounds = self.step_rounds.get(used, 0) + 1
-        found = _with(self.step_s, used, seconds, max(1 / rounds, 1 - FIT_DECAY))
-        if rounds > KNOWN_ROUNDS:
+        found = _with(self.step_s, used, seconds, max(1 / rounds, 1 - CONSTANTS.mean_decay))
+        if rounds > CONSTANTS.known_rounds:
             moved = found[used] / self.step_s[used]
             found = {each: known if each == used else known * moved for each, known in found.items()}
-        return replace(self, step_s=found, step_rounds={**self.step_rounds, used: min(rounds, KNOWN_ROUNDS + 1)})
+        step_rounds = {**self.step_rounds, used: min(rounds, CONSTANTS.known_rounds + 1)}
+        return replace(self, step_s=found, step_rounds=step_rounds)
 
     def _transfers(self, used: str, seconds: float) -> dict[str, float]:
         """Seconds of a transfer with one more of what is in use; what is not in use moves as that does, since all go
@@ -147,8 +135,8 @@ class Costs:
         if not expected > 0:
             return self
         rounds = self.took_rounds.get(name, 0) + 1
-        mean = seconds if rounds == 1 else before + max(1 / rounds, 1 - FIT_DECAY) * (seconds - before)
-        took_rounds = {**self.took_rounds, name: min(rounds, KNOWN_ROUNDS)}
+        mean = seconds if rounds == 1 else before + max(1 / rounds, 1 - CONSTANTS.mean_decay) * (seconds - before)
+        took_rounds = {**self.took_rounds, name: min(rounds, CONSTANTS.known_rounds)}
         return replace(self, took={**self.took, name: mean / expected}, took_rounds=took_rounds)
 
     def round(self, plan: Plan, ranks: int) -> float:
@@ -164,9 +152,11 @@ class Costs:
         if ranks <= 1:
             return period * step_s
         if period == 1:
-            return step_s + max(0.0, self.transfer(GRADIENTS) - HIDING_SHARE * step_s)
+            return step_s + max(0.0, self.transfer(GRADIENTS) - CONSTANTS.hiding_share * step_s)
         hidden, waited = averages(plan)
-        step_s += (hidden + WAITED_COST * waited) * self.beside_s / period  # which also hide more, as they are slower
+        step_s += (
+            (hidden + CONSTANTS.waited_cost * waited) * self.beside_s / period
+        )  # which also hide more, as they are slower
         transfer_s = self.transfer(wire, fragments, hidden=delay > 0)
         exposed = max(0.0, fragments * (transfer_s - delay * step_s), fragments * transfer_s - period * step_s)
         return period * step_s + exposed
@@ -202,7 +192,7 @@ class Costs:
     def _fit(self) -> tuple[float, float, float]:
         seen = [([float(part) for part in each.split()], seconds) for each, seconds in self.step_s.items()]
         # from waited ones alone what a hidden one takes would be told by their small differences, times four and more
-        cost = WAITED_COST if any(hidden > 0 for (_, hidden, _), _ in seen) else 0.0
+        cost = CONSTANTS.waited_cost if any(hidden > 0 for (_, hidden, _), _ in seen) else 0.0
         return fitted([(batch, hidden + cost * waited, seconds) for (batch, hidden, waited), seconds in seen])
 
     def transfer(self, wire: str, fragments: int = 1, *, hidden: bool = False) -> float:
@@ -253,12 +243,12 @@ def tried(plan: Plan) -> str:
 def _share(name: str) -> float:
     """What a transfer that is so named takes over the model's in float32, by its bytes and what a fragment costs."""
     wire, _, fragments = name.removesuffix(BESIDE).partition("/")
-    return BYTES_OF_FLOAT32[wire] * _work(int(fragments or 1)) / int(fragments or 1)
+    return CONSTANTS.bytes_of_float32[wire] * _work(int(fragments or 1)) / int(fragments or 1)
 
 
 def _work(fragments: int) -> float:
     """What an average in so many fragments takes, over one of the whole model."""
-    return 1 + FRAGMENT_COST * (fragments - 1)
+    return 1 + CONSTANTS.fragment_cost * (fragments - 1)
 
 
 def averages(plan: Plan) -> tuple[float, float]:
@@ -268,7 +258,9 @@ def averages(plan: Plan) -> tuple[float, float]:
     return (_work(plan.fragments or 1), 0.0) if plan.delay_steps else (0.0, 1.0)
 
 
-def _with(means: Mapping[str, float], name: str, value: float, share: float = 1 - FIT_DECAY) -> dict[str, float]:
+def _with(
+    means: Mapping[str, float], name: str, value: float, share: float = 1 - CONSTANTS.mean_decay
+) -> dict[str, float]:
     """Running means with one more value, of which they take this share."""
     before = means.get(name, value)
     return {**means, name: before + share * (value - before)}

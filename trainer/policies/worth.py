@@ -7,11 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainer.plan import Plan
-from trainer.policies.goodput import BYTES_OF_FLOAT32, DRIFT_POWER, Costs, delay_of
-
-WORTH = {"float32": 1.0, "bf16": 1.0, "int8": 0.998, "int4": 0.99}
-"""Of a sample by wire format, by judgement: int4 behind short periods ended 0.1 points below exact gradients
-(benchmarks/README.md)."""
+from trainer.policies.constants import CONSTANTS
+from trainer.policies.goodput import Costs, delay_of
 
 
 @dataclass(frozen=True)
@@ -63,8 +60,8 @@ def worth(plan: Plan, costs: Costs, ranks: int, base_batch: int, max_drift: floa
         efficiency = (noise + ranks * base_batch) / (noise + ranks * batch)
     efficiency /= 1 + drift / max_drift
     if period > 1:
-        efficiency *= WORTH[wire]
-    shares = BYTES_OF_FLOAT32["float32" if period == 1 else wire] / (period * batch * ranks)
+        efficiency *= CONSTANTS.format_worth[wire]
+    shares = CONSTANTS.bytes_of_float32["float32" if period == 1 else wire] / (period * batch * ranks)
     return Worth(plan, ranks * batch * period / round_s if round_s > 0 else math.inf, efficiency, shares, drift)
 
 
@@ -82,6 +79,6 @@ def drift_of(plan: Plan, costs: Costs, ranks: int) -> float:
     period, delay = plan.sync_period_steps, delay_of(plan)
     if period == 1 or not costs.drift > 0:
         return 0.0
-    power = DRIFT_POWER + 1
+    power = CONSTANTS.drift_power + 1
     mean = float((period + delay) ** power - delay**power) / (power * period)
-    return float(max(ranks - 1, 0) ** DRIFT_POWER * costs.drift * mean)
+    return float(max(ranks - 1, 0) ** CONSTANTS.drift_power * costs.drift * mean)

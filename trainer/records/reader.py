@@ -26,6 +26,10 @@ class Eval:
     elapsed_s: float
     accuracy: float | None
     loss: float | None
+    virtual_s: float | None = None
+    """Of federated devices."""
+    over_devices: tuple[float, ...] = ()
+    """Eleven quantiles of the accuracy over devices, from the worst to the best; none without devices."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +158,9 @@ def _place(line: Line) -> tuple[int, int, float]:
 
 
 def _eval(line: Line) -> Eval:
-    return Eval(*_place(line), _optional(line, "test_accuracy"), _optional(line, "test_loss"))
+    deciles = line[1].get("device_accuracy_deciles") or ()
+    seen = _optional(line, "test_accuracy"), _optional(line, "test_loss"), _optional(line, "virtual_s")
+    return Eval(*_place(line), *seen, tuple(deciles) if isinstance(deciles, list) else ())
 
 
 def _round(line: Line) -> Round:

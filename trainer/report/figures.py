@@ -24,6 +24,8 @@ AXES: Mapping[str, tuple[str, Callable[[Eval], float]]] = {
     "samples": ("samples (all ranks)", lambda each: each.samples),
     "local_steps": ("local steps", lambda each: each.local_step),
 }
+VIRTUAL = ("virtual seconds of the devices", lambda each: each.virtual_s or 0.0)
+DECILES = 11
 BANDS = {"small": "#BFDDF2", "large": "#F7D3B5", "local": "#BFE6D5", "constant": "#E4E4E4"}
 MORE_BANDS = ("#EBCFE0", "#F6EAB0", "#D8CCEB", "#D5DDC2")
 SPENT = (
@@ -47,6 +49,10 @@ TIME = (
     "The thick bar is the training clock of rank 0; hatched is what is off that clock. Exposed communication is time "
     "that the training thread waits for the network, the lateness of other ranks included."
 )
+OVER_DEVICES = (
+    "The consensus model on each device's own held-out samples. Line: the median device; dark band: all but the worst "
+    "and the best tenth; faint band: all devices."
+)
 PHASES = "Bands are phases: b is the batch of a rank, H the local steps between two averagings."
 
 
@@ -58,9 +64,13 @@ def comparison(runs: Sequence[Run]) -> list[Picture]:
 
 def _comparison(runs: Sequence[Run]) -> Iterator[Picture]:
     if any(each.accuracy is not None for run in runs for each in run.evals):
-        for name, (words, _) in AXES.items():
+        virtual = {"virtual": VIRTUAL} if all(run.evals and run.evals[-1].virtual_s for run in runs) else {}
+        for name, (words, place) in {**AXES, **virtual}.items():
             note = ACCURACY if name == "seconds" and _floor(runs) is not None else ""
-            yield Picture.of(f"accuracy_{name}", f"Test accuracy against {words}", note, _accuracy(runs, name))
+            picture = _accuracy(runs, words, place)
+            yield Picture.of(f"accuracy_{name}", f"Test accuracy against {words}", note, picture)
+    if any(each.over_devices for run in runs for each in run.evals):
+        yield Picture.of("over_devices", "Accuracy over devices", OVER_DEVICES, _over_devices(runs))
     if any(speedups(runs[0], run) for run in runs[1:]):
         figure = _time_to_accuracy(runs)
         yield Picture.of("time_to_accuracy", f"Time-to-accuracy speedup over {runs[0].label}", TIME_TO_ACCURACY, figure)
@@ -91,8 +101,7 @@ def _start(runs: Sequence[Run]) -> tuple[Figure, list[str]]:
     return blank(3.5, labels if len(runs) > 1 else ()), labels
 
 
-def _accuracy(runs: Sequence[Run], name: str) -> Figure:
-    words, place = AXES[name]
+def _accuracy(runs: Sequence[Run], words: str, place: Callable[[Eval], float]) -> Figure:
     figure, labels = _start(runs)
     axes = figure.add_subplot()
     for i, run in enumerate(runs):
@@ -100,6 +109,24 @@ def _accuracy(runs: Sequence[Run], name: str) -> Figure:
         _line(axes, points, label=labels[i], markevery=1 + len(points) // 12, **look(i))
     axes.set_ylim(bottom=_floor(runs))
     title_axes(axes, f"Test accuracy against {words}", words, "test accuracy (fraction)")
+    if len(runs) > 1:
+        legend(figure, *axes.get_legend_handles_labels())
+    return figure
+
+
+def _over_devices(runs: Sequence[Run]) -> Figure:
+    """The median device's accuracy, and how far devices are apart: bands of the middle eight tenths and of all."""
+    figure, labels = _start(runs)
+    axes = figure.add_subplot()
+    for i, run in enumerate(runs):
+        seen = [each for each in run.evals if len(each.over_devices) == DECILES]
+        at, color = [each.samples for each in seen], look(i)["color"]
+        for low, high, strength in ((0, 10, 0.12), (1, 9, 0.2)):
+            lower, upper = ([each.over_devices[place] for each in seen] for place in (low, high))
+            axes.fill_between(at, lower, upper, color=color, alpha=strength, linewidth=0)
+        points = [(each.samples, each.over_devices[DECILES // 2]) for each in seen]
+        _line(axes, points, label=labels[i], markevery=1 + len(points) // 12, **look(i))
+    title_axes(axes, "Accuracy over devices", "samples (all ranks)", "accuracy on a device (fraction)")
     if len(runs) > 1:
         legend(figure, *axes.get_legend_handles_labels())
     return figure

@@ -49,6 +49,19 @@ FIGURES: tuple[tuple[str, str, Form], ...] = (
     ("peak_memory_bytes", "peak memory of rank 0", text.size),
     ("versions", "versions", lambda value: text.pairs(value) if isinstance(value, Mapping) else text.plain(value)),
 )
+OVER_DEVICES: tuple[tuple[str, str, Form], ...] = (
+    ("device_accuracy", "accuracy over devices, mean", text.accuracy),
+    ("device_accuracy_weighted", "accuracy over devices, by samples", text.accuracy),
+    ("device_accuracy_std", "accuracy over devices, deviation", text.accuracy),
+    ("worst_tenth_accuracy", "worst tenth of the devices", text.accuracy),
+    ("best_tenth_accuracy", "best tenth of the devices", text.accuracy),
+    ("new_devices", "devices that never took part", text.plain),
+    ("new_device_accuracy", "accuracy on devices that never took part", text.accuracy),
+    ("tuned_device_accuracy", "tuned on each device, mean", text.accuracy),
+    ("tuned_worst_tenth_accuracy", "tuned, worst tenth", text.accuracy),
+    ("virtual_s", "virtual seconds of the devices", text.seconds),
+)
+"""Figures of runs with federated devices."""
 
 
 def write_report(runs: Sequence[Run], out: str | Path | None = None) -> Path:
@@ -185,10 +198,12 @@ def _time_to_accuracy(runs: Sequence[Run]) -> str:
 
 def _all_figures(runs: Sequence[Run]) -> str:
     """Every figure of every run, a column a run; keys that this page does not know come last, under their own names."""
-    known = {key for key, *_ in FIGURES}
+    known = {key for key, *_ in (*FIGURES, *OVER_DEVICES)}
+    known |= {f"{kind}device_accuracy_deciles" for kind in ("", "tuned_")}  # drawn
     more = dict.fromkeys(key for run in runs for key in run.figures if key not in known and key != "name")
     rows = [["state", *(escape(run.state()) for run in runs)]]
-    for key, name, form in (*FIGURES, *((key, key, text.plain) for key in more)):
+    of_devices = OVER_DEVICES if any("virtual_s" in run.figures for run in runs) else ()
+    for key, name, form in (*FIGURES, *of_devices, *((key, key, text.plain) for key in more)):
         rows.append([escape(name), *(escape(_formed(form, run.figures.get(key))) for run in runs)])
     return _table(("figure", *(run.label for run in runs)), rows, kind="figures")
 

@@ -21,7 +21,7 @@ from trainer.federated.cohorts import Cohorts, DeviceRound, Fleet, Heard, Visit,
 from trainer.federated.devices import Devices
 from trainer.federated.profiles import Profile
 from trainer.plan import Plan
-from trainer.sync.drift import RULES, Drift, Flats, Reach, spread
+from trainer.sync.drift import RULES, Drift, Flats, Reach
 from trainer.sync.gradient_notes import GradientNotes
 from trainer.sync.layout import movable
 from trainer.sync.replica import Replica
@@ -37,11 +37,11 @@ class Gathered:
     scaled: float = 0.0
     """Of weights times scales."""
     sq_norms: float = 0.0
-    """Of displacements' squared norms, times their weights."""
+    """Of the squared norms of what was added, times the weights."""
     share: float = 0.0
     """Of the devices' shares in the objective."""
-    reach: list[float] | None = None
-    """By parameter group, of how far optimizers reached, times their weights."""
+    reach: float = 0.0
+    """Of how far optimizers reached, times the weights."""
 
 
 class Host:
@@ -77,7 +77,7 @@ class Host:
         self._held: dict[int, tuple[Visit, Flats]] = {}
         self._reach = Reach(replica.optimizer, 0.0)
         self._cohorts: Cohorts | None = None
-        self._share = 0.0
+        self._share, self._gain = 0.0, 1.0
         self._round_from = 0
 
     # ---- before the first round
@@ -290,9 +290,9 @@ class Host:
             return
         fleet, far = self.cohorts.fleet, self._reach.moved
         self.rule.end(visit.device, fleet.share(visit.device), moved, self._by_group(far))
-        if self.rule.normalises:
-            reaches = spread(self._by_group(far), len(moved))
-            moved = [part / each for part, each in zip(moved, reaches, strict=True)]
+        if self.rule.normalises:  # groups' rates are in the same proportion on every device
+            moved = [part / far[0] for part in moved]
+            sq_norm /= far[0] ** 2
         if self.config.rule == "fedasync":
             moved = [flat.to(sums, copy=True) for flat, sums in zip(flats, self._sums, strict=True)]
         heard = next(
@@ -301,7 +301,7 @@ class Host:
         if heard is None:
             self._held[visit.draw] = visit, moved
         else:
-            self._add(heard, moved, sq_norm, far)
+            self._add(heard, moved, sq_norm, far[0])
         if not self._keeps_buffers and heard is not None:
             for name, tensor in self._live_buffers().items():
                 self._add_buffer(name, tensor, heard.weight)
@@ -316,17 +316,15 @@ class Host:
         else:
             torch.maximum(summed, moved, out=summed)
 
-    def _add(self, heard: Heard, moved: Flats, sq_norm: float, far: list[float] | None) -> None:
+    def _add(self, heard: Heard, moved: Flats, sq_norm: float, far: float) -> None:
         gathered = self._gathered
         for sums, part in zip(gathered.sums, moved, strict=True):
             sums.add_(part, alpha=heard.weight * heard.scale)
         gathered.weight += heard.weight
         gathered.scaled += heard.weight * heard.scale
-        gathered.sq_norms += heard.weight * sq_norm
+        gathered.sq_norms += heard.weight * heard.scale**2 * sq_norm
         gathered.share += self.cohorts.fleet.share(heard.device)
-        if far is not None:
-            before = gathered.reach or [0.0] * len(far)
-            gathered.reach = [a + heard.weight * b for a, b in zip(before, far, strict=True)]
+        gathered.reach += heard.weight * far
 
     def _by_group(self, values: list[float]) -> float | Flats:
         """A number for every parameter, from one for each parameter group."""
@@ -355,11 +353,11 @@ class Host:
         for heard in self.round.heard:
             if heard.draw in self._held:
                 _, moved = self._held.pop(heard.draw)
-                self._add(heard, moved, math.fsum(float(torch.dot(part, part)) for part in moved), None)
+                self._add(heard, moved, math.fsum(float(torch.dot(part, part)) for part in moved), 0.0)
         gathered = self._gathered
         self._share, tau = self._agree(gathered)
         self._restore()
-        gain = self.rule.gain(self._share)
+        self._gain = tau * self.rule.gain(self._share)
         offset = self.rule.offset()
         for number, (flat, start, sums) in enumerate(
             zip(self._replica.flat_parameters.adopt(), self._start, gathered.sums, strict=True)
@@ -369,7 +367,7 @@ class Host:
             mean = sums / gathered.weight
             if self.config.rule == "fedasync":
                 mean -= start * (gathered.scaled / gathered.weight)
-            mean *= (tau if isinstance(tau, float) else tau[number]) * gain
+            mean *= self._gain
             if offset is not None:
                 mean -= offset[number]
             flat.copy_(start + mean)
@@ -378,17 +376,13 @@ class Host:
             return ()
         return tuple(sorted(device for theirs in self._via.gather_objects(self.left_out) for device in theirs))
 
-    def _agree(self, gathered: Gathered) -> tuple[float, float | Flats]:
+    def _agree(self, gathered: Gathered) -> tuple[float, float]:
         """What all ranks' devices have together, where the rule asks: their share of the objective, and by how much the
         mean of normalised displacements is to be multiplied."""
         if self.config.rule not in ("fednova", "feddyn"):
             return 0.0, 1.0
-        groups = len(self._replica.optimizer.param_groups)
-        reach = gathered.reach or [0.0] * groups
-        weight, share, *reaches = self._via.sum_numbers([gathered.weight, gathered.share, *reach])
-        if not self.rule.normalises or not weight:
-            return share, 1.0
-        return share, self._by_group([each / weight for each in reaches])
+        weight, share, reach = self._via.sum_numbers([gathered.weight, gathered.share, gathered.reach])
+        return share, reach / weight if self.rule.normalises and weight else 1.0
 
     def _mean_buffers(self) -> None:
         """Floating-point buffers become the devices' weighted mean on every rank, and counters the largest; under
@@ -413,7 +407,7 @@ class Host:
         inner = 0.0
         if gathered.weight and self.config.rule != "fedasync":
             norm = math.fsum(float(torch.dot(sums, sums)) for sums in gathered.sums)
-            inner = max(0.0, gathered.sq_norms - norm / gathered.weight)
+            inner = max(0.0, gathered.sq_norms - norm / gathered.weight) * self._gain**2
         return replace(
             report,
             weight=gathered.weight,

@@ -1,10 +1,10 @@
-"""A piece of the replica: what it sends at an averaging, and what it takes from it."""
+"""A part of the replica: what it sends at an averaging, and what it takes from it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -16,9 +16,38 @@ from trainer.wire.choose import NodesExchange, make_exchange, share_of
 from trainer.wire.exchange import OWED, Exchange
 from trainer.wire.flat import piece_values, pieces
 
+T = TypeVar("T")
+
+
+class Beside:
+    """Memory of an average that goes on beside training: a snapshot, and in its place the correction that replaces it.
+
+    Both are of what the part sends: its parameters, or their displacement from the base.
+    """
+
+    def __init__(self, values: torch.Tensor, *, is_correction: bool = False) -> None:
+        self.values = values
+        self.is_correction = is_correction
+
+    @property
+    def snapshot(self) -> torch.Tensor:
+        """What this rank sends, as it was when the average began."""
+        assert not self.is_correction
+        return self.values
+
+    @property
+    def correction(self) -> torch.Tensor:
+        """The average minus the snapshot."""
+        assert self.is_correction
+        return self.values
+
+    def correct(self, place: slice, mean: torch.Tensor) -> None:
+        """A place's mean has arrived: its correction takes the place of its snapshot."""
+        torch.sub(mean, self.values[place], out=self.values[place])
+
 
 class Part:
-    """A contiguous piece of the parameters, averaged by itself.
+    """A fragment's stretch of one buffer, averaged by itself.
 
     Where the wire format loses something, an outer optimizer moves the model, or only a share of the average is
     taken, ranks send displacements from `base`, the last model that they agreed on; else they send their parameters.
@@ -32,14 +61,15 @@ class Part:
         self._outer = outer
         self.agreed_sq_norm = 0.0
         """Squared norm of the latest average."""
-        self._outgoing: torch.Tensor | None = None
-        """What is sent, or the mean of it; where the wire format loses something, what it lost. Blocking averages
-        without a base need none: the values themselves are sent."""
+        self._owed: torch.Tensor | None = None
+        """What a lossy wire format lost; it is sent the next time."""
+        self._mean: torch.Tensor | None = None
+        """Where a lossless exchange makes the mean from what is sent. A blocking average of parameters needs none: the
+        values become the mean."""
         self._owed_within: torch.Tensor | None = None
         """What the wire format inside the node lost."""
-        self._correction: torch.Tensor | None = None
-        """The snapshot (minus the base, where there is one); once the average is there, the average minus the
-        snapshot."""
+        self._beside: Beside | None = None
+        """Kept where averages may be delayed."""
         self._moved_sq: torch.Tensor | None = None
         """Squared norm of the snapshot minus the base."""
         self.use(settings)
@@ -47,7 +77,7 @@ class Part:
     def use(self, settings: SyncConfig) -> None:
         """Exchange as these settings say from now on; the replicas are one, and nothing is under way."""
         self._exchange, self._within = self._exchanges(settings)
-        self._outgoing = self._owed_within = self._correction = None
+        self._owed = self._mean = self._owed_within = self._beside = None
         lossy = self._exchange.lossy or (self._within is not None and self._within.lossy)
         if not (lossy or settings.outer != "none" or settings.mixing < 1):
             self._base = None
@@ -55,15 +85,20 @@ class Part:
             self._base = self.values.to(torch.promote_types(self.values.dtype, torch.float32), copy=True)
         if settings.delay_steps != 0 and self._world.size > 1:
             # taken now, for good: taken in the midst of training it would break up the memory that a local step needs
-            self._outgoing, self._correction = self._new_outgoing(), torch.zeros_like(self._sent_like)
+            self._make_room()
+            self._beside = Beside(torch.zeros_like(self._sent_like))
 
     @property
     def _sent_like(self) -> torch.Tensor:
         """A tensor of what is sent: displacements are never of less than float32."""
         return self.values if self._base is None else self._base
 
-    def _new_outgoing(self) -> torch.Tensor:
-        return torch.zeros_like(self._sent_like, dtype=OWED if self._exchange.lossy else None)
+    def _make_room(self) -> None:
+        """Have what an exchange consumes besides the values themselves."""
+        if self._exchange.lossy and self._owed is None:
+            self._owed = torch.zeros_like(self._sent_like, dtype=OWED)
+        elif not self._exchange.lossy and self._mean is None:
+            self._mean = torch.zeros_like(self._sent_like)
 
     def _exchanges(self, settings: SyncConfig) -> tuple[Exchange, Exchange | None]:
         """Between all ranks or nodes, and inside a node where that is another level."""
@@ -96,7 +131,7 @@ class Part:
         optimizer begins anew."""
         if self._base is not None:
             self._base.copy_(self.values)
-            self._outgoing = self._owed_within = None
+            self._owed = self._mean = self._owed_within = None
         if self._outer is not None:
             self._outer.forget()
         for exchange in (self._exchange, self._within):
@@ -105,23 +140,23 @@ class Part:
 
     def snapshot(self) -> None:
         """Remember the replica as it is now, so that training may change it while it is averaged; `pack` follows."""
-        correction = _present(self._correction)
+        beside = _present(self._beside)
+        beside.is_correction = False
         if self._base is None:
-            correction.copy_(self.values)
+            beside.snapshot.copy_(self.values)
             return
         self._moved_sq = torch.zeros((), dtype=torch.float64, device=self.values.device)
         for piece in pieces(len(self.values), self.values.device):
-            moved = torch.sub(self.values[piece], self._base[piece], out=correction[piece])
+            moved = torch.sub(self.values[piece], self._base[piece], out=beside.snapshot[piece])
             self._moved_sq += torch.dot(moved, moved)
 
     def pack(self, *, delayed: bool) -> float:
         """Make ready what is sent; the squared norm of this rank's share of the divergence."""
         if self._base is None:
             if delayed:
-                _present(self._outgoing).copy_(_present(self._correction))
-            return _squared(self._sent(delayed=delayed)).item()
-        if self._outgoing is None:
-            self._outgoing = self._new_outgoing()
+                _present(self._mean).copy_(_present(self._beside).snapshot)
+            return _squared(self._consumed(delayed=delayed)).item()
+        self._make_room()
         if delayed:
             return _present(self._moved_sq).item()
         norm = torch.zeros((), dtype=torch.float64, device=self.values.device)
@@ -130,9 +165,15 @@ class Part:
             norm += torch.dot(moved, moved)  # of displacements, so that few digits cancel
         return norm.item()
 
-    def _sent(self, *, delayed: bool) -> torch.Tensor:
-        """What the exchange consumes."""
-        return self.values if self._base is None and not delayed else _present(self._outgoing)
+    def _consumed(self, *, delayed: bool) -> torch.Tensor:
+        """What the exchange consumes: it becomes the mean, or what was lost."""
+        if self._exchange.lossy:
+            return _present(self._owed)
+        return self.values if self._base is None and not delayed else _present(self._mean)
+
+    def _agreed(self, *, delayed: bool) -> torch.Tensor:
+        """The model that the ranks agreed on: the same bits on every rank."""
+        return self._consumed(delayed=delayed) if self._base is None else self._base
 
     def _has_moved(self, place: slice) -> torch.Tensor:
         """How far a place of the replica is from the base now."""
@@ -140,7 +181,7 @@ class Part:
 
     def _had_moved(self, place: slice) -> torch.Tensor:
         """How far it was."""
-        return _present(self._correction)[place]
+        return _present(self._beside).snapshot[place]
 
     def exchange(
         self,
@@ -152,31 +193,32 @@ class Part:
         plainly: bool,
     ) -> float:
         """Average with the other ranks; the squared norm of the mean. `plainly` passes the outer optimizer by."""
-        outgoing, outer = self._sent(delayed=delayed), None if plainly else self._outer
-        correction = _present(self._correction) if delayed else None
+        consumed, outer = self._consumed(delayed=delayed), None if plainly else self._outer
+        beside = _present(self._beside) if delayed else None
         norm = torch.zeros((), dtype=torch.float64, device=self.values.device)
         agreed_norm = torch.zeros_like(norm)
         fresh = None if self._base is None else self._had_moved if delayed else self._has_moved
-        for place, mean in self._exchange.means(outgoing, weights, via, fresh):
+        for place, mean in self._exchange.means(consumed, weights, via, fresh):
             norm += _squared(mean) if self._base is None else torch.dot(mean, mean)
             if outer is not None:
                 outer.direct_(mean, place, local_lr)
-            if self._base is not None:
-                self._base[place] += mean
+            if self._base is None:
+                consumed[place] = mean
             else:
-                outgoing[place] = mean
-            if self._base is not None:
+                self._base[place] += mean
                 agreed_norm += torch.dot(self._base[place], self._base[place])
-            if correction is not None:
-                torch.sub(mean, correction[place], out=correction[place])
+            if beside is not None:
+                beside.correct(place, mean)
+        if beside is not None:
+            beside.is_correction = True
         if self._base is not None and not self._exchange.lossy:
-            self._outgoing = outgoing.zero_() if delayed else None
+            self._mean = consumed.zero_() if delayed else None
         self.agreed_sq_norm = (norm if self._base is None else agreed_norm).item()
         return norm.item()
 
     def replace(self, *, delayed: bool) -> None:
         """Take the average in place of values that are not finite."""
-        agreed = self._sent(delayed=delayed) if self._base is None else self._base
+        agreed = self._agreed(delayed=delayed)
         if agreed is not self.values:
             self.values.copy_(agreed)
 
@@ -189,9 +231,9 @@ class Part:
         """Take the average, or as much of it as `mixing` says, and keep the progress made since the snapshot."""
         share = 1.0 if wholly else self._mixing
         if delayed and (progressed or share < 1):
-            self.values.add_(_present(self._correction), alpha=share)
+            self.values.add_(_present(self._beside).correction, alpha=share)
             return
-        agreed = self._sent(delayed=delayed) if self._base is None else self._base  # the same bits on every rank
+        agreed = self._agreed(delayed=delayed)
         if share < 1:
             self.values.lerp_(agreed.to(self.values.dtype), share)
         elif agreed is not self.values:
@@ -199,8 +241,8 @@ class Part:
 
     def state_dict(self) -> dict[str, Any]:
         """What later averages depend on, a transfer under way included (once it has arrived)."""
-        kept = {"base": self._base, "outgoing": self._outgoing, "correction": self._correction}
-        kept["owed_within"] = self._owed_within
+        kept = {"base": self._base, "owed": self._owed, "mean": self._mean, "owed_within": self._owed_within}
+        kept["correction"] = None if self._beside is None else self._beside.values
         return {
             **{name: tensor for name, tensor in kept.items() if tensor is not None},
             "exchange": self._exchange.state_dict(),
@@ -213,10 +255,12 @@ class Part:
         device = self.values.device
         if self._base is not None:
             self._base.copy_(state.get("base", self.values))  # without one, the replicas are one
-        if "outgoing" in state:
-            self._outgoing = state["outgoing"].to(device)
+        if "owed" in state:
+            self._owed = state["owed"].to(device)
+        if "mean" in state:
+            self._mean = state["mean"].to(device)
         if "correction" in state:
-            self._correction = state["correction"].to(device)
+            self._beside = Beside(state["correction"].to(device), is_correction=True)
         self._owed_within = state["owed_within"].to(device) if "owed_within" in state else None
         self._exchange.load_state_dict(state["exchange"])
         if self._within is not None:
@@ -237,6 +281,6 @@ def _squared(values: torch.Tensor) -> torch.Tensor:
     return total
 
 
-def _present(tensor: torch.Tensor | None) -> torch.Tensor:
-    assert tensor is not None
-    return tensor
+def _present(kept: T | None) -> T:
+    assert kept is not None
+    return kept
