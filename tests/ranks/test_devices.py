@@ -334,6 +334,8 @@ def test_too_few_reports_keep_the_model_bit_for_bit() -> None:
 
 def refused(world: World, case: str) -> None:
     data, shards, model = task(4)
+    if case == "teacher":
+        model.first.weight.requires_grad_(False)
     optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     settings: dict[str, Any] = {"rule": "fedprox"} if case == "closure" else {}
     if case == "adam":
@@ -352,6 +354,8 @@ def refused(world: World, case: str) -> None:
                 optimizer.step(lambda: 0.0)
             optimizer.step()
             sync.step(loss)
+            if case == "teacher":
+                model.first.weight.add_(1.0)  # type: ignore[operator, union-attr]
             if case == "settle":
                 sync.settle()
 
@@ -365,6 +369,7 @@ def refused(world: World, case: str) -> None:
         ("others", "rank 0 of 2 hosts devices 0, 2, ...; mend device 0"),
         ("unstepped", "was not followed by sync.step"),
         ("settle", "sync.settle was called within a round of devices"),
+        ("teacher", "parameter 'first.weight' requires no gradient, and moved"),
     ],
 )
 def test_what_devices_cannot_have_is_said_in_one_line(case: str, said: str) -> None:
@@ -379,6 +384,37 @@ def test_settings_are_checked_when_devices_are_made() -> None:
         Devices({0: [1, 2]})
     with pytest.raises(ConfigError, match="cohrt = 1: unknown"):
         Devices([[0], [1]], cohrt=1)
+    for shard, said in (([0.5, 1.5], "whole numbers"), ([True, False], "whole numbers"), ([-1], "count from 0")):
+        with pytest.raises(ConfigError, match=said):
+            Devices([[0], shard])
+
+
+def stored(world: World) -> list[bool]:
+    """Control variates in memory and in a file are the same, and outlive a block."""
+    found = []
+    results = []
+    for memory in (2**30, 0):
+        data, shards, model = task(12)
+        optimizer = sgd(model)
+        settings = {"rule": "scaffold", "cohort": 5, "state_memory_bytes": memory}
+        sync = LocalSGD(model, optimizer, Constant(Plan(8, 2)), world=world, devices=Devices(shards, **settings))
+        for _ in range(2):
+            with sync:
+                for _ in range(3):
+                    for x, y in sync.batches(data):
+                        optimizer.zero_grad()
+                        loss = nn.functional.cross_entropy(sync.model(x), y)
+                        loss.backward()
+                        optimizer.step()
+                        sync.step(loss)
+        results.append(model.last.weight.detach().clone())
+        state = sync.state_dict()["devices"]["rule"]
+        found.append(len(state["own"]) > 0 and any(bool(flat.any()) for flat in state["common"]))
+    return [*found, torch.equal(*results)]
+
+
+def test_what_devices_keep_may_lie_in_a_file() -> None:
+    assert run(1, stored) == [[True, True, True]]
 
 
 def own_shards(world: World) -> torch.Tensor:

@@ -37,7 +37,7 @@ class Devices:
 
     def __init__(self, shards: Shards, *, seed: int = 0, **settings: Any) -> None:
         self.shards: dict[int, npt.NDArray[np.int64]] = {
-            int(device): np.asarray(indices, dtype=np.int64)
+            int(device): _indices(device, indices)
             for device, indices in (shards.items() if isinstance(shards, Mapping) else enumerate(shards))
         }
         self.all_known = not isinstance(shards, Mapping)
@@ -53,3 +53,20 @@ class Devices:
             raise ConfigError(f"devices = {settings['devices']}: there are {len(self.shards)} shards")
         self.config = build(FederatedConfig, settings)
         require_types(self.config)
+
+
+def _indices(device: Any, given: Any) -> npt.NDArray[np.int64]:
+    """A device's shard as an array.
+
+    Raises:
+        ConfigError: no list of whole numbers.
+    """
+    found = np.asarray(list(given) if isinstance(given, range | set) else given)
+    if found.ndim != 1 or (len(found) and not np.issubdtype(found.dtype, np.integer)):
+        raise ConfigError(
+            f"shards: device {device} has {type(given).__name__} of shape {found.shape}, {found.dtype}; "
+            "give the indices of its samples, a list of whole numbers"
+        )
+    if len(found) and found.min() < 0:
+        raise ConfigError(f"shards: device {device} has the index {found.min()}; indices count from 0")
+    return found.astype(np.int64)

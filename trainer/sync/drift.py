@@ -107,13 +107,6 @@ class DeviceStore:
         else:
             self._kept[device] = flats
 
-    def close(self) -> None:
-        """Delete the file."""
-        self._files = []
-        if self._folder is not None:
-            self._folder.cleanup()
-            self._folder = None
-
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint."""
         return {str(device): self.get(device) for device in sorted(self._written)}
@@ -162,9 +155,6 @@ class Drift:
 
     def end_round(self, mean: Flats, share: float, via: Collectives) -> None:
         """The ranks have one model again, this far from the round's first; every rank calls it."""
-
-    def close(self) -> None:
-        """The run is over."""
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint."""
@@ -219,9 +209,6 @@ class Scaffold(Drift):
             common.add_(change)
             change.zero_()
 
-    def close(self) -> None:
-        self._own.close()
-
     def state_dict(self) -> dict[str, Any]:
         return {"common": self._common, "change": self._change, "own": self._own.state_dict(), "terms": self._terms}
 
@@ -270,9 +257,6 @@ class FedDyn(Drift):
         for h, moved in zip(self._mean_h, mean, strict=True):
             displacement = (moved + h / self._alpha) / (1.0 + share)
             h.sub_(displacement, alpha=self._alpha * share)
-
-    def close(self) -> None:
-        self._own.close()
 
     def state_dict(self) -> dict[str, Any]:
         return {"mean_h": self._mean_h, "own": self._own.state_dict(), "terms": self._terms}

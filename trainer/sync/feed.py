@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 from trainer.control.rounds import Rounds
 from trainer.data import ShardStream
-from trainer.data.device_data import DeviceData, DeviceItems
+from trainer.data.device_data import DeviceData, DeviceItems, DevicePictures
 from trainer.data.nested import put
 from trainer.data.planned import PlannedBatches, Uneven, count_steps, length_of, shard_sizes, step_sizes
 from trainer.data.reading import Collate
@@ -210,7 +210,7 @@ class Feed:
     def _device_rounds(self, host: Host, data: Any, options: Options) -> Iterator[Any]:
         """The rest of the open round or one more, or as many as `samples` asks for: this rank's devices in turn. A rank
         without a device in a round is given one batch, which counts for nothing."""
-        reader: DeviceData = data if hasattr(data, "read") else self._device_items(data, options)
+        reader: DeviceData = data if isinstance(data, DevicePictures) else self._device_items(data, options)
         lone = 0
         while not self.told.stopping and (options.samples is None or self.progress.samples < options.samples):
             before = self.progress.samples

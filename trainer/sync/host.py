@@ -77,6 +77,7 @@ class Host:
         self._held: dict[int, tuple[Visit, Flats]] = {}
         self._reach = Reach(replica.optimizer, 0.0)
         self._cohorts: Cohorts | None = None
+        self._rule: Drift | None = None
         self._share, self._gain = 0.0, 1.0
         self._round_from = 0
 
@@ -101,7 +102,8 @@ class Host:
         self._views = self._replica.flat_parameters.views_of(self._start)
         like = [torch.zeros((), dtype=torch.promote_types(f.dtype, torch.float32), device=f.device) for f in flats]
         self._sums = [torch.zeros_like(kind).expand(len(f)).clone() for kind, f in zip(like, flats, strict=True)]
-        self.rule: Drift = RULES[self.config.rule](self.config, self._sums, self.mine)
+        if self._rule is None:  # what devices keep outlives a block
+            self._rule = RULES[self.config.rule](self.config, self._sums, self.mine)
         self._reach = Reach(self._replica.optimizer, self.rule.pull)
 
     def _sizes(self, count: int) -> tuple[int, ...]:
@@ -120,9 +122,11 @@ class Host:
             known |= theirs
         return tuple(known[device] for device in range(count))
 
-    def close(self) -> None:
-        """The block was left."""
-        self.rule.close()
+    @property
+    def rule(self) -> Drift:
+        """What corrects drift; there once the block was entered."""
+        assert self._rule is not None
+        return self._rule
 
     @property
     def cohorts(self) -> Cohorts:
@@ -354,6 +358,7 @@ class Host:
             if heard.draw in self._held:
                 _, moved = self._held.pop(heard.draw)
                 self._add(heard, moved, math.fsum(float(torch.dot(part, part)) for part in moved), 0.0)
+        self._refuse_moved()
         gathered = self._gathered
         self._share, tau = self._agree(gathered)
         self._restore()
@@ -375,6 +380,19 @@ class Host:
         if not self._via.sum_numbers([len(self.left_out)])[0]:
             return ()
         return tuple(sorted(device for theirs in self._via.gather_objects(self.left_out) for device in theirs))
+
+    def _refuse_moved(self) -> None:
+        """Parameters without a gradient would pass from one device to the next.
+
+        Raises:
+            ConfigError: names one that has moved.
+        """
+        moved = self._replica.moved(buffers=False)
+        if moved:
+            raise ConfigError(
+                f"parameter {moved[0]!r} requires no gradient, and moved: devices begin anew with what is trained and "
+                "with buffers only; make it a buffer, or leave it as it is"
+            )
 
     def _agree(self, gathered: Gathered) -> tuple[float, float]:
         """What all ranks' devices have together, where the rule asks: their share of the objective, and by how much the

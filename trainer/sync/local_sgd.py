@@ -227,8 +227,6 @@ class LocalSGD:
             self.world.board.say(told(error))
         self.clock.stop()
         self._averager.close()
-        if self._host is not None:
-            self._host.close()
         self._gradients.take_off()
         self._rate.close()
         self.replica.release()
