@@ -71,6 +71,9 @@ def _command(module: str, flags: list[str], env: dict[str, str], said: Path, cwd
         file = os.open(said / name, os.O_WRONLY | os.O_CREAT, 0o600)
         os.dup2(file, number)
         os.close(file)
+    import torch
+
+    torch.set_num_threads(int(env.get("OMP_NUM_THREADS", 1)))  # read when torch was imported, before the fork
     sys.argv = [module, *flags]
     if module.endswith(".py"):
         sys.path.insert(0, str(cwd))

@@ -261,7 +261,8 @@ def test_going_on_from_an_older_one_moves_what_follows_aside(runs: Path, tmp_pat
     tail = (cut / "abandoned.1" / "metrics.jsonl").read_bytes()
     assert (runs / "one" / "metrics.jsonl").read_bytes().endswith(tail)
     (resumed,) = [line for line in lines(cut) if line.get("what") == "resumed"]
-    assert resumed["changed"] == ["run.samples is 500 now, and was 700", "optim.lr is 0.04 now, and was 0.02"]
+    changed = [line["message"] for line in lines(cut) if line.get("what") == "changed"]
+    assert changed == ["run.samples is 500 now, and was 700", "optim.lr is 0.04 now, and was 0.02"]
     assert (cut / f"config-before-step-{resumed['local_step']}.toml").read_text().count("lr = 0.02") == 1
     assert Manifest.read(steps(cut)[-1]).run == Manifest.read(first).run
     ended = steps(cut)[-1].name

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import ExitStack
 from datetime import UTC, datetime
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
 from torch import nn
 
 from trainer.config.config import to_dict
 from trainer.control.controller import Phase
 from trainer.control.rounds import Round
 from trainer.data import DevicePictures, ShardStream, Transform, open_part, split_evenly
-from trainer.data.reading import one_line
 from trainer.errors import ConfigError
 from trainer.log import LOG
+from trainer.loop.ending import export_weights
 from trainer.loop.facts import facts_of, planned, too_short
 from trainer.loop.federated import device_figures, judge_all, judge_tuned
 from trainer.loop.job import Job, stop_signals
@@ -33,7 +31,6 @@ from trainer.loop.regroup import consensus
 from trainer.loop.saving import Saving
 from trainer.loop.start import Start, decided, described, find_start, prepare
 from trainer.loop.step import LocalStep
-from trainer.loop.tensor_file import KINDS, write_tensors
 from trainer.memory import peak_memory_bytes
 from trainer.plan import observed, plain
 from trainer.policies import policy_name
@@ -166,10 +163,9 @@ class Run:
         self._facts["started_at"], self._earlier_s = state["started_at"], state["wall_s"]
         LOG.debug("rank %d: resumed at step %d", sync.world.rank, sync.local_step)
         self._records.say_start(self._facts | planned(self._config))
-        changed = {"changed": start.changed} if start.changed else {}
-        self._records.event("resumed", local_step=sync.local_step, samples=sync.samples, **changed)
+        self._records.event("resumed", local_step=sync.local_step, samples=sync.samples)
         for line in start.changed:
-            self._records.say(f"changed: {line}")
+            self._records.event("changed", message=line)
 
     def rate(self) -> float:
         """The scheduled learning rate of the next step, before the plan's scale."""
@@ -265,7 +261,8 @@ class Run:
         self._save()
         self._await_save()
         if self._sync.world.rank == 0:
-            self._export()
+            for trouble in export_weights(self._sync.replica.model, self._job.folder):
+                self._records.event("warning", message=trouble)
         summary = self._summary()
         self._records.finish(summary)
         return summary
@@ -369,23 +366,6 @@ class Run:
             self._saving.wait()
         for trouble in self._saving.troubles():
             self._records.event("warning", message=trouble)
-
-    def _export(self) -> None:
-        """Leave the consensus weights as files of their own."""
-        state, folder = self._sync.replica.model.state_dict(), self._job.folder
-        tensors = {n: each.detach().cpu() for n, each in state.items() if torch.is_tensor(each) and each.dtype in KINDS}
-        writers: dict[str, Callable[[Path], object]] = {
-            "model.pt": lambda path: torch.save(state, path),
-            "model.safetensors": lambda path: write_tensors(path, tensors, {"format": "pt"}),
-        }
-        for name, write in writers.items():
-            partial = folder / f"{name}.partial"
-            try:
-                write(partial)
-                partial.replace(folder / name)
-            except (OSError, RuntimeError) as error:  # torch's own writer raises the latter where a disk is full
-                partial.unlink(missing_ok=True)
-                self._records.event("warning", message=f"no {name}: {one_line(error)}")
 
     def _wall_s(self) -> float:
         """Seconds since the run began, without those between a stop and a resume."""

@@ -106,13 +106,12 @@ class Saving:
                 return
             written = self._write_own(partial, snapshot, _owners([each["digests"] for each in told]), mine)
             told = self._meeting.gather(written, what)
-            if self.world.rank == 0:
+            is_whole = not self._has_trouble(told, what)
+            if is_whole and self.world.rank == 0:
                 files = {name: Checksum(**each) for rank in told for name, each in rank["files"].items()}
-                if self._has_trouble(told, what) or not self._publish(partial, replace(about, files=files), what):
-                    shutil.rmtree(partial, ignore_errors=True)
-                else:
-                    with suppress(OSError):
-                        sync_records()
+                is_whole = self._publish(partial, replace(about, files=files), what, sync_records)
+            if not all(self._meeting.gather(is_whole, what)):
+                shutil.rmtree(partial, ignore_errors=True)  # on every rank: the folder may not be one that all share
         except PeerError as error:  # the training thread meets the same, and says it
             self._troubles.append(f"{what} was not written: {error}")
 
@@ -138,7 +137,7 @@ class Saving:
             return {"files": {}, "problem": error.strerror or str(error)}
         return {"files": {name: vars(each) for name, each in files.items()}, "problem": None}
 
-    def _publish(self, partial: Path, about: Manifest, what: str) -> bool:
+    def _publish(self, partial: Path, about: Manifest, what: str, sync_records: Callable[[], None]) -> bool:
         """Give it its name, now that all files are there, and delete the oldest beyond `keep`."""
         missing = [name for name in about.files if not (partial / name).exists()]
         if missing:
@@ -147,6 +146,7 @@ class Saving:
             return False
         path = partial.with_suffix("")
         try:
+            sync_records()
             about.write(partial)
             sync_folder(partial)
             shutil.rmtree(path, ignore_errors=True)
