@@ -45,7 +45,7 @@ check: setup
 
 bench: setup data
 	$(BIN)/python -m benchmarks.loop_overhead --quick
-	$(BIN)/torchrun --standalone --nproc-per-node=$(RANKS) -m benchmarks.throughput --quick
+	$(BIN)/torchrun --standalone --nproc-per-node=$(RANKS) -m benchmarks.throughput --quick --out $$(mktemp -d)
 
 # this checkout beside the commit it grew from, in at most five minutes
 bench-guard: setup

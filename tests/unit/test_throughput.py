@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import compare
+from benchmarks import compare, guard
 from benchmarks.intervals import paired_ratio, ratio
 from benchmarks.throughput import cost, report
 from benchmarks.throughput.records import Run, is_done, keep_links, keep_run, load, path_of, refuse_other_task
@@ -206,3 +206,22 @@ def test_intervals_are_students_and_welchs() -> None:
     assert pairs.value == pytest.approx(0.9017, rel=1e-3)
     assert pairs.verdict(0.03) == "slower"
     assert paired_ratio([90.0, 50.0], [100.0, 45.0]).verdict(0.03) == "no difference shown"
+
+
+def test_the_guard_fails_where_a_case_is_slower_beyond_doubt(capsys: pytest.CaptureFixture[str]) -> None:
+    fast, slow = Case("cnn", 32, 1, "float32", 2), Case("cnn", 32, 16, "int4", 2)
+    noisy = [(100.0, 100.0), (130.0, 100.0), (80.0, 100.0)]
+    assert guard.told({fast: noisy}, 0.03) == 0
+    assert "slower by more than 3%: nothing" in capsys.readouterr().out
+    assert guard.told({fast: noisy, slow: [(90.0, 100.0), (45.0, 50.0), (181.0, 200.0)]}, 0.03) == 1
+    assert "slower by more than 3%: cnn, b 32, H 16, int4, 2 ranks" in capsys.readouterr().out
+
+
+def test_the_guard_compares_with_a_commit_that_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = refusal(lambda: guard.main(["--base", "no-such-commit"]), capsys)
+    assert "name a commit of this repository with --base" in said
+    if (guard.ROOT / ".git").exists():
+        folder = guard.checked_out("HEAD", tmp_path / "base")
+        assert (folder / "trainer" / "plan.py").exists()
+        assert (folder / "benchmarks" / "guard.py").exists()
+        assert guard.merge_base() != ""
