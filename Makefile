@@ -1,4 +1,4 @@
-# setup data train test test-fast check bench docs report clean: each safe to repeat, and quick when nothing is missing.
+# setup data train test test-fast check bench bench-guard docs report clean: each safe to repeat, and quick when nothing is missing.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,7 +12,7 @@ export OMP_NUM_THREADS ?= $(shell n=$$(( $$(nproc) / $(RANKS) )); echo $$(( n > 
 
 TEST_PROCESSES ?= 3
 
-.PHONY: setup data train test test-fast check bench docs report clean
+.PHONY: setup data train test test-fast check bench bench-guard docs report clean
 
 setup: $(VENV)/.ready
 data: data/FashionMNIST/.ready
@@ -46,6 +46,10 @@ check: setup
 bench: setup data
 	$(BIN)/python -m benchmarks.loop_overhead --quick
 	$(BIN)/torchrun --standalone --nproc-per-node=$(RANKS) -m benchmarks.throughput --quick
+
+# this checkout beside the commit it grew from, in at most five minutes
+bench-guard: setup
+	$(BIN)/python -m benchmarks.guard $(FLAGS)
 
 docs: setup
 	$(BIN)/python -m pip install --quiet --editable '.[docs]'

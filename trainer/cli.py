@@ -1,4 +1,4 @@
-"""What every command of the trainer has in common: what goes wrong is said once, to people, with its exit code."""
+"""Shared by all commands of the trainer: an error is said once, to people, with its exit code."""
 
 from __future__ import annotations
 

@@ -42,8 +42,8 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def memory_share(device: torch.device, ranks_here: int) -> float:
-    """The same as a share of what there is: of the device's memory, or of this rank's part of what its host lets the
-    job have."""
+    """The most memory that this rank has held, as a share of the device's, or of its part of what the host lets the job
+    have."""
     total = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else memory_of_host() // ranks_here
     return peak_memory_bytes(device) / total
 

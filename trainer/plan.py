@@ -16,7 +16,7 @@ EarlyEnd = Literal["never", "gradient_change", "divergence"]
 
 @dataclass(frozen=True)
 class Plan:
-    """What the next round does."""
+    """Describes the next round."""
 
     batch_per_rank: int = 32
     """Samples a rank trains in one local step."""
@@ -34,7 +34,7 @@ class Plan:
     early_end: EarlyEnd = "never"
     """Signal that ends a round before its period, asked of all ranks at every local step in one small message."""
     early_end_above: float = 0.0
-    """What the signal must reach: a relative change, or a squared distance."""
+    """Value that the signal must reach: a relative change, or a squared distance."""
 
     def __post_init__(self) -> None:
         require_types(self)
@@ -55,7 +55,7 @@ class Plan:
 
     @property
     def averages(self) -> Literal["nothing", "gradients", "parameters"]:
-        """What ranks average under this Plan: nothing at period 0, gradients at 1, parameters above."""
+        """The thing that ranks average: nothing at period 0, gradients at 1, parameters above."""
         return ("nothing", "gradients")[self.sync_period_steps] if self.sync_period_steps < 2 else "parameters"
 
 
@@ -75,7 +75,7 @@ NO_PLAN = Plan()
 
 @dataclass(frozen=True)
 class Observation:
-    """What all ranks know at a round's end: every number is reduced over the ranks, so it is the same on each.
+    """Figures that all ranks know at a round's end: each is reduced over the ranks, so it is the same on every one.
 
     Counts start at zero; a figure that was not measured is NaN.
     """
@@ -121,7 +121,7 @@ class Observation:
     compute_s: float = math.nan
     """Seconds of compute since the last observation, mean over the ranks."""
     slowest_compute_s: float = math.nan
-    """The same, of the slowest rank."""
+    """Seconds of compute of the slowest rank since the last observation."""
     sync_wait_s: float = math.nan
     """Seconds that the training thread waited for the network since the last observation, mean over the ranks."""
     transfer_s: float = math.nan
@@ -160,7 +160,7 @@ class Observation:
 
 
 Memory = Mapping[str, Any]
-"""What a policy carries from one decision to the next: JSON values only, so that a checkpoint can hold it."""
+"""Carried by a policy from one decision to the next: JSON values only, so that a checkpoint can hold it."""
 
 
 @dataclass(frozen=True)

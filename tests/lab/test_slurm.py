@@ -68,6 +68,20 @@ def test_signalled_job_requeues_itself_and_resumes_exactly(
     assert_same_model(run, plain)
 
 
+def test_array_over_world_sizes_ends_in_one_report(slurm: Env, tmp_path: Path) -> None:
+    script = ("launch/slurm/scaling.sbatch", "--out", tmp_path / "scaling", "--models", "fedavg_cnn", "--batches", "8")
+    short = ("--periods", "4", "--image-size", "28", "--repeats", "1", "--seconds", "0.3")
+    array = ("--array=1,2", "--nodes=2", f"--output={tmp_path}/%A.out", "--open-mode=append")
+    done = command("sbatch", "--parsable", *array, *script, *short, env=slurm)
+    assert done.returncode == 0, done.stderr
+    await_end(slurm, done.stdout.strip(), tmp_path)
+    runs = [json.loads(path.read_text()) for path in sorted((tmp_path / "scaling" / "runs").glob("*.json"))]
+    assert sorted(run["case"]["world_size"] for run in runs) == [1, 2]
+    page = (tmp_path / "scaling" / "report.html").read_text()
+    assert "Weak scaling" in page
+    assert json.loads((tmp_path / "scaling" / "cost.json").read_text())["links"]["network"]["ranks"] == 2
+
+
 def test_head_without_address_is_refused(tmp_path: Path) -> None:
     scontrol = tmp_path / "scontrol"
     scontrol.write_text('#!/bin/sh\n[ "$2" != hostnames ] || echo node7\n')
@@ -114,8 +128,9 @@ def await_end(env: Env, job: str, folder: Path) -> None:
     def state() -> str:
         return command("squeue", "--noheader", "--states=all", "--format=%T", f"--jobs={job}", env=env).stdout.strip()
 
-    wait_until(lambda: state() not in ("PENDING", "RUNNING", "COMPLETING", ""), f"the end of job {job}")
-    assert state() == "COMPLETED", (folder / f"{job}.out").read_text()
+    under_way = {"PENDING", "RUNNING", "COMPLETING", ""}
+    wait_until(lambda: not under_way & set(state().split("\n")), f"the end of job {job}")
+    assert set(state().split("\n")) == {"COMPLETED"}, (folder / f"{job}.out").read_text()  # of an array each task's
 
 
 def wait_until(happened: Callable[[], bool], what: str) -> None:

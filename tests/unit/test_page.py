@@ -14,6 +14,7 @@ import pytest
 
 from trainer.records.reader import load_run
 from trainer.report import text, write_report
+from trainer.report.page import html
 
 PLACE = {"local_step": 10, "samples": 1_000, "elapsed_s": 5.0}
 FACTS = {
@@ -55,7 +56,7 @@ def test_the_page_says_what_was_trained_with_what_and_when(tmp_path: Path, ended
     assert told["trained"] == "cifar10 (50,000 samples), resnet18 (11,173,962 parameters)"
     assert told["on"] == "2 ranks, cpu, 1 thread a rank, ebbtide 0.1.0, torch 2.14"
     assert told["started"] == "2026-11-28 13:31 UTC" + (", 1 h 2 min 5 s in all" if ended else "")
-    page = write_report([run]).read_text()
+    page = html([run], [], [None])
     for words in told.values():
         assert words in page
     assert page.index("Phases of") < page.index("All figures")
@@ -71,7 +72,7 @@ def test_a_run_that_recorded_less_is_told_as_far_as_it_goes(tmp_path: Path) -> N
 
 
 def test_every_wide_thing_scrolls_in_its_own_box(tmp_path: Path) -> None:
-    page = write_report([load_run(write_run(tmp_path / "a", facts=True, ended=True))]).read_text()
+    page = html([load_run(write_run(tmp_path / "a", facts=True, ended=True))], [], [None])
     tables = re.findall(r"(<div class=\"scroll [a-z]+\">)?<table>", page)
     assert tables
     assert all(tables)

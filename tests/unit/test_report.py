@@ -15,8 +15,10 @@ from trainer.errors import ConfigError
 from trainer.records.reader import Eval
 from trainer.report import load_run, write_report
 from trainer.report.__main__ import main, table
-from trainer.report.page import html
+from trainer.report.page import OWN_PICTURES, html
+from trainer.report.seeds import band, lines_of
 from trainer.report.speedups import Crossing, speedups, time_to_accuracy, with_distinct_labels
+from trainer.report.style import SORT_HASH
 
 SLOW = ((10.0, 0.5), (20.0, 0.7), (40.0, 0.9))
 FAST = ((5.0, 0.5), (10.0, 0.7), (15.0, 0.6), (25.0, 0.9))
@@ -236,3 +238,35 @@ def test_what_is_not_a_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "command line" in refusal(capsys)
     with pytest.raises(ConfigError, match="one run's directory or more"):
         write_report([])
+
+
+def seeded(root: Path, way: str, seed: int, last: float) -> Path:
+    """A run of one way of training and one seed, which ends at this accuracy."""
+    folder = run_folder(root / f"{way}-{seed}", (*SLOW[:2], (40.0, last)), scaling_speedup=1.5 + (way == "b"))
+    own = f'[run]\nname = "{way}-{seed}"\nseed = {seed}\nsamples = 8000\n\n[policy]\nname = "{way}"\n'
+    (folder / "config.toml").write_text(own)
+    return folder
+
+
+def test_runs_that_differ_in_their_seed_are_one_line_with_its_spread(tmp_path: Path) -> None:
+    folders = [seeded(tmp_path, way, seed, 0.9 + 0.01 * seed) for way in ("a", "b") for seed in (0, 1, 2)]
+    runs = [load_run(folder) for folder in (*folders, seeded(tmp_path / "again", "a", 0, 0.5))]
+    lines = lines_of(with_distinct_labels(runs))
+    assert [line.label for line in lines] == ["a (3 seeds)", "b (3 seeds)", "again/a-0"], "a seed twice is another run"
+    assert lines[0].mean("test_accuracy") == pytest.approx(0.91)
+    assert lines[0].spread("test_accuracy") == pytest.approx(0.01)
+    page = html(runs[:6], [], [None] * 6)
+    assert page.count("0.9100 ± 0.0100") == 2
+    assert page.count("★</b>") == 1, "of the speedup; the rest is equal"
+    assert re.search(r'<b class="best">2\.50 ± 0\.00 ★</b>', page)
+    assert f"script-src '{SORT_HASH}'" in page
+    at, mean, spread = band([[(e.elapsed_s, e.accuracy) for e in run.evals] for run in runs[:3]])
+    assert (at[0], at[-1], mean[-1], spread[0]) == pytest.approx((10.0, 40.0, 0.91, 0.0))
+    assert spread[-1] == pytest.approx(0.01)
+
+
+def test_many_runs_are_compared_and_few_are_drawn_one_by_one(tmp_path: Path) -> None:
+    folders = [seeded(tmp_path, f"way{way}", seed, 0.9) for way in range(8) for seed in (0, 1)]
+    page = write_report([load_run(folder) for folder in folders]).read_text()
+    assert page.count("Drawn by a report of its own: python -m trainer.report") == 16 - OWN_PICTURES
+    assert len(list((tmp_path / "report").glob("phases_*.png"))) == OWN_PICTURES

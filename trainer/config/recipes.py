@@ -86,7 +86,7 @@ def _flags(argv: Sequence[str], prog: str, default: Config) -> Config:
 
 
 def _one_line(box: str) -> str:
-    """What tyro says in a drawn box, as one line."""
+    """One line of the words that tyro draws a box around."""
     rows = [row.strip(" │|") for row in box.splitlines()[1:]]  # the first is the box's title
     told = [row for row in rows if row.strip("╭╮╰╯─+- ") and not row.startswith("For full helptext")]
     text = " ".join(told)

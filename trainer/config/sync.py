@@ -47,7 +47,7 @@ class SyncConfig:
     mixing: float = 1.0
     """Share of the average that a replica takes; below 1 replicas stay apart between evaluations."""
     outer: OuterRule = "none"
-    """What is done with the averaged displacement: nothing, or an outer optimizer."""
+    """Outer optimizer that is applied to the averaged displacement, or none."""
     outer_lr: float | None = None
     """Learning rate of the outer optimizer; without it, the published one."""
     outer_momentum: float | None = None
@@ -161,7 +161,7 @@ def _check_idle(settings: SyncConfig) -> None:
 
 
 def _check_said_by_plans(settings: SyncConfig, long: Sequence[Plan]) -> None:
-    """What every plan says itself may not be set beside it."""
+    """Refuse a setting that every plan sets itself."""
     for name, idle in (("delay_steps", 0), ("wire_format", "float32"), ("fragments", 1)):
         value = getattr(settings, name)
         used = any(getattr(plan, name) is None for plan in long)
@@ -169,7 +169,7 @@ def _check_said_by_plans(settings: SyncConfig, long: Sequence[Plan]) -> None:
 
 
 def _check_early_end(settings: SyncConfig, plan: Plan) -> None:
-    """What a round may not have that ends when a signal says so."""
+    """Refuse settings that rounds which a signal ends cannot have."""
     if plan.early_end == "never":
         return
     under = settings.under(plan)
@@ -182,7 +182,7 @@ def _check_early_end(settings: SyncConfig, plan: Plan) -> None:
 
 
 def _check_lengths(settings: SyncConfig, periods: Sequence[int]) -> None:
-    """What must fit into the shortest of these periods, or divide each."""
+    """Refuse settings that do not fit into the shortest of these periods, or do not divide each."""
     inner = settings.node_period_steps
     whole = inner is None or all(period % inner == 0 for period in periods)
     longer = ", ".join(str(period) for period in periods)

@@ -47,7 +47,7 @@ class Controller:
 
     @property
     def plan(self) -> Plan:
-        """What the current round does."""
+        """The Plan of the current round."""
         return self.phase.plan
 
     def observe(self, seen: Observation, samples: int | None = None) -> bool:

@@ -1,4 +1,4 @@
-"""What a rank reports to the others with every averaging, and what all ranks' reports come to.
+"""A rank's report to the others, sent with every averaging, and the total of all ranks' reports.
 
 Reports travel as sums and as largest values, so that a message does not grow with the number of ranks. Only the samples
 of each rank are gathered, since averages are weighted by them.
@@ -59,9 +59,9 @@ MOST = (
     "sample_norm",
 )
 ALIKE = ("round", "step", "batch", "period", "lr_scale", "plan")
-"""What every rank must believe alike."""
+"""Names of the numbers that every rank must believe alike."""
 COMPARED = (*ALIKE, "rates", "updates", "state_layout", "moved_layout")
-"""What ranks compare; a difference in the last four is mended, or refused by those who know the names."""
+"""Names of the numbers that ranks compare; a difference in the last four is mended, or refused by name elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ class Report:
         return self.counts if math.isfinite(self.sq_norm) else -1.0
 
     def sums(self, ranks: int) -> list[float]:
-        """What is summed over the ranks."""
+        """The numbers that are summed over the ranks."""
         finite = self.sq_norm if math.isfinite(self.sq_norm) else 0.0
         noise = self.steps / self.samples if self.samples else math.nan  # 1 / batch
         weight = self.grad_weight if self.grad_weight == self.grad_weight else 1 / ranks
@@ -174,7 +174,7 @@ class Report:
         return [*(float(known.get(name, getattr(self, name, 0.0))) for name in SUMMED), *(self.sketch or ())]
 
     def mosts(self) -> list[float]:
-        """What the largest is taken of; of what is compared also the negative, so that the smallest is known too."""
+        """The numbers whose largest counts; those that are compared also negated, so that the smallest is known too."""
         known = {"slowest_compute_s": self.compute_s, "sample_below": -self.sample}
         if self.grad_change != self.grad_change:
             known["grad_change"] = -1.0  # no change is below 0
@@ -197,7 +197,7 @@ class Total:
 
     ranks: int
     alike: Mapping[str, float]
-    """What all ranks believe, by the names of `COMPARED`, as the largest of any says it."""
+    """Numbers that all ranks believe, by the names of `COMPARED`: the largest of any rank."""
     differing: tuple[str, ...]
     """The names of `COMPARED` that ranks differ in."""
     sums: Mapping[str, float]
@@ -212,7 +212,7 @@ class Total:
 
     @classmethod
     def of(cls, sums: Sequence[float], mosts: Sequence[float], weight_by_rank: npt.ArrayLike) -> Total:
-        """What the shared numbers say."""
+        """The total that the shared numbers make."""
         compared = len(COMPARED)
         high, low = mosts[len(MOST) : len(MOST) + compared], mosts[len(MOST) + compared :]
         differing = tuple(name for name, h, low_ in zip(COMPARED, high, low, strict=True) if h != -low_)

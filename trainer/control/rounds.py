@@ -1,4 +1,4 @@
-"""What ranks told one another about their rounds, and the controller's answer at the next round's end."""
+"""Carries ranks' reports about their rounds to the controller, and its answer to the next round's end."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from trainer.plan import Decision, Observation, Plan
 
 @dataclass(frozen=True)
 class Round:
-    """What the ranks told one another about a round, and what came of it."""
+    """A round as all ranks together know it, and what came of it."""
 
     seen: Observation
     phase: Phase
@@ -26,7 +26,7 @@ class Round:
     skipped_in_a_row: int
     """The most local steps that any rank had skipped one after another."""
     decision: Decision
-    """What the policy answered."""
+    """The policy's answer."""
     left_out: tuple[int, ...] = ()
     """Ranks whose replicas held values that are not finite, and took the others' average."""
     devices: DeviceRound | None = None

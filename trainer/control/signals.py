@@ -1,4 +1,4 @@
-"""What all ranks' numbers of a round come to: sums and means, and estimates smoothed over observations."""
+"""Sums and means of all ranks' numbers of a round, and estimates smoothed over observations."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ class Signals:
 
 
 def reduce(total: Total, before: int) -> Observation:
-    """What all ranks did together; `before` is the samples trained up to the last observation."""
+    """The Observation of all ranks together; `before` is the samples trained up to the last one."""
     sums, most, ranks = total.sums, total.most, total.ranks
     return Observation(
         round=int(total.alike["round"]),

@@ -24,7 +24,7 @@ class Task(Generic[T]):
         self.finished: torch.cuda.Event | None = None
 
     def result(self) -> T:
-        """What the work returned, and on CUDA the current stream goes on after it; its error, where it failed."""
+        """The work's return value, or its error. On CUDA the current stream goes on after it."""
         result = self.future.result()
         if self.finished is not None:
             torch.cuda.current_stream(self._device).wait_event(self.finished)

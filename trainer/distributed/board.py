@@ -83,7 +83,7 @@ class Board:
         self._bounded(work)
 
     def _bounded(self, work: Callable[[], Any]) -> Any:
-        """What `work` says of the store, or None: a store that is gone, or does not answer, is asked no more.
+        """The answer of `work`, which asks the store, or None: a store that is gone or silent is asked no more.
 
         Its host may have left first, or the cable may be cut; neither leaving nor waiting may fail or hang for it.
         """

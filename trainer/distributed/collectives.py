@@ -52,7 +52,7 @@ class Collectives:
         )
 
     def for_gradients(self) -> Collectives:
-        """The same ranks in a group of its own; every rank calls it.
+        """Collectives of the same ranks in a group of their own; every rank calls it.
 
         A rank that ends its loop early then never meets another's gradients with a message of another size: both wait,
         and what it says on the board ends that.

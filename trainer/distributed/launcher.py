@@ -28,7 +28,7 @@ LOCAL = {
 
 
 def node_name() -> str:
-    """What this process calls its node: its host, and the agent that started it, where one did."""
+    """This process's name for its node: its host, and the agent that started it, where one did."""
     return f"{platform.node()}/{os.environ.get('GROUP_RANK', '')}"
 
 

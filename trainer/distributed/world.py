@@ -211,7 +211,7 @@ def _device_of(launch: Launch) -> torch.device:
 
 
 def versions() -> dict[str, str]:
-    """What the figures were made with, and what ranks must have in common."""
+    """Versions that figures were made with, and that ranks must have in common."""
     return {"ebbtide": __version__, "torch": torch.__version__, "python": platform.python_version()}
 
 

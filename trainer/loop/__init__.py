@@ -1,1 +1,1 @@
-"""What surrounds the training loop: the job, its steps, evaluations, checkpoints and records."""
+"""Surrounds the training loop: the job, its steps, evaluations, checkpoints and records."""

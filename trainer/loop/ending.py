@@ -1,4 +1,4 @@
-"""What a run leaves at its end: the consensus weights, and its page."""
+"""Leaves the consensus weights and the page at a run's end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run is, told before its first step: data, model, ranks, device, and what is planned."""
+"""Facts of a run, told before its first step: data, model, ranks, device, and what is planned."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def plans_of(policy: Policy) -> list[Mapping[str, Any]]:
 
 
 def planned(config: Config) -> dict[str, Any]:
-    """What the configuration plans."""
+    """The Plans that the configuration names."""
     return {
         "policy": policy_name(config.policy),
         "plans": plans_of(config.policy),

@@ -40,7 +40,7 @@ class Evaluation:
 
 
 class Trained(NamedTuple):
-    """What a local step came to."""
+    """The result of a local step."""
 
     loss: torch.Tensor
     """Mean over the batch (0-dim, detached)."""

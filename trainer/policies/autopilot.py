@@ -46,7 +46,7 @@ class Autopilot(Policy):
     """Bound on the mean squared distance of replicas from their mean, over the mean's squared norm, of two ranks; of N
     ranks that over (N - 1)^1.5. There a sample is held to teach half."""
     target: Literal["time", "bytes", "accuracy"] = "time"
-    """What is sought: the most goodput, efficiency counted twice or (accuracy) sixteen times; or the fewest bytes
+    """Aim: the most goodput, efficiency counted twice or (accuracy) sixteen times; or the fewest bytes
     at half of that or more."""
     care: float | None = None
     """How often efficiency counts, in place of the target's own number; 1 is goodput itself."""

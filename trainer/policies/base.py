@@ -1,4 +1,4 @@
-"""What a policy is, and the registry that recipes name policies by."""
+"""Defines a policy, and the registry that recipes name policies by."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ class BatchGrowth(Policy):
     milestones: tuple[int, ...] = (60_000, 90_000)
     """Samples (over all ranks) at which a decay would come."""
     factor: float = 5.0
-    """What the decay would divide the rate by."""
+    """Number that the decay would divide the rate by."""
     max_batch_per_rank: int = 512
     """Largest batch."""
 

@@ -19,9 +19,9 @@ class Compose(Policy):
     """The batch and the rate of one policy, the period (and how a round ends) of another."""
 
     batch: Policy = NoiseScale()
-    """Whose batch and rate are taken."""
+    """The policy whose batch and rate are taken."""
     period: Policy = QSR()
-    """Whose period, delay, wire format and early end are taken."""
+    """The policy whose period, delay, wire format and early end are taken."""
 
     def __post_init__(self) -> None:
         for name in ("batch", "period"):
@@ -51,7 +51,7 @@ class Compose(Policy):
 
 
 def _ask(policy: Policy, seen: Observation, memory: Memory) -> tuple[Decision, dict[str, Any]]:
-    """What one of two policies decides, which sees its own Plan and phases, and what is to be remembered for it."""
+    """Ask one of two policies, which sees its own Plan and phases; its Decision, and the memory to keep for it."""
     if memory:
         begun = memory["begun"]
         seen = replace(

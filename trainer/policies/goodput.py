@@ -1,4 +1,4 @@
-"""What a Plan is worth: samples a second from fitted costs, times how much a sample teaches.
+"""Goodput of a Plan: samples a second from fitted costs, times how much a sample teaches.
 
 After Pollux (Qiao et al. 2021), with a period, a delay and a wire format besides the batch. Everything is
 kept in a JSON memory of a few numbers, so that a policy that uses it stays pure.
@@ -53,7 +53,7 @@ _BOTH = (_CHOSEN[:, :, None] * _CHOSEN[:, None, :]).astype(bool)
 
 @dataclass(frozen=True)
 class Costs:
-    """What was measured of compute, network, gradients and replicas so far."""
+    """Figures of compute, network, gradients and replicas that were measured so far."""
 
     step_s: Mapping[str, float] = field(default_factory=dict)
     """Seconds of a local step as seen, by "batch hidden waited" with the averages a step that are hidden beside
@@ -225,7 +225,7 @@ def sent_as(wire: str, fragments: int, *, hidden: bool) -> str:
 
 
 def sent(plan: Plan) -> str:
-    """What one transfer of a Plan sends."""
+    """Names the content of one transfer of a Plan."""
     return sent_as(plan.wire_format or "float32", plan.fragments or 1, hidden=bool(plan.delay_steps))
 
 
@@ -241,13 +241,13 @@ def tried(plan: Plan) -> str:
 
 @cache
 def _share(name: str) -> float:
-    """What a transfer that is so named takes over the model's in float32, by its bytes and what a fragment costs."""
+    """Time of a transfer of this name, over that of the whole model in float32; by bytes and the cost of fragments."""
     wire, _, fragments = name.removesuffix(BESIDE).partition("/")
     return CONSTANTS.bytes_of_float32[wire] * _work(int(fragments or 1)) / int(fragments or 1)
 
 
 def _work(fragments: int) -> float:
-    """What an average in so many fragments takes, over one of the whole model."""
+    """Work of an average in so many fragments, over that of the whole model."""
     return 1 + CONSTANTS.fragment_cost * (fragments - 1)
 
 

@@ -1,4 +1,4 @@
-"""What a candidate Plan is worth: its samples a second, times how much a sample teaches."""
+"""The worth of a candidate Plan: its samples a second, times how much a sample teaches."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Worth:
 
 
 def worth(plan: Plan, costs: Costs, ranks: int, base_batch: int, max_drift: float) -> Worth:
-    """What a Plan is worth by these costs.
+    """A Plan's worth by these costs.
 
     Efficiency is (φ + B₀) / (φ + B) for the batch (Pollux, after McCandlish et al. 2018) times
     1 / (1 + d / max_drift) for a mean drift d, times the format's worth.

@@ -1,4 +1,4 @@
-"""What a run's directory says: records on disk -> frozen dataclasses, and time to accuracy from them."""
+"""Reads a run's directory: records on disk become frozen dataclasses, and these give the time to an accuracy."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from trainer.errors import ConfigError
 
 Figures = Mapping[str, Any]
 FACTS = ("data", "data_samples", "model", "parameters", "world_size", "device", "versions", "started_at")
-"""What a run's `started` event says of it."""
+"""Names that a run's `started` event has facts under."""
 Line = tuple[str, Figures]  # "PATH line 7", and what it holds
 
 
@@ -212,7 +212,7 @@ def _config(path: Path) -> tuple[str, Mapping[str, Any]]:
 
 
 def _facts(lines: Sequence[Line], config: Figures) -> dict[str, Any]:
-    """What was trained, as the records or else the configuration say; older runs recorded less."""
+    """Data, model, ranks and versions, from the records or else the configuration; older runs recorded less."""
     started = [record for _, record in lines if record["kind"] == "event" and record.get("what") == "started"][-1:]
     told = {name: record[name] for record in started for name in FACTS if name in record}
     tables = (("data", "data", "name"), ("model", "task", "model"))

@@ -1,4 +1,4 @@
-"""What a run observed and decided, read from its records, and what a policy decides on the same observations."""
+"""Reads a run's observations and decisions from its records, and has a policy decide on the same observations."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def _table(line: Line, name: str) -> Mapping[str, Any]:
 
 
 def _parsed(where: str, name: str, build: Callable[[], T]) -> T:
-    """What `build` makes of a record's table; its refusal with the place."""
+    """A record's table, built by `build`; a refusal names the place."""
     try:
         return build()
     except KeyError as error:

@@ -1,4 +1,4 @@
-"""What all pictures of the report share: colours, fonts, axes, legends, names beside points."""
+"""Shared by all pictures of the report: colours, fonts, axes, legends, names beside points."""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 from trainer.records.reader import Eval, Phase, Round, Run
 from trainer.report import text
 from trainer.report.drawing import COLORS, STYLE, Picture, blank, legend, look, name_points, short, title_axes
+from trainer.report.seeds import Line, band, lines_of
 from trainer.report.speedups import speedups
 
 AXES: Mapping[str, tuple[str, Callable[[Eval], float]]] = {
@@ -71,8 +72,9 @@ def _comparison(runs: Sequence[Run]) -> Iterator[Picture]:
             yield Picture.of(f"accuracy_{name}", f"Test accuracy against {words}", note, picture)
     if any(each.over_devices for run in runs for each in run.evals):
         yield Picture.of("over_devices", "Accuracy over devices", OVER_DEVICES, _over_devices(runs))
-    if any(speedups(runs[0], run) for run in runs[1:]):
-        figure = _time_to_accuracy(runs)
+    first = [line.runs[0] for line in lines_of(runs)]
+    if any(speedups(first[0], run) for run in first[1:]):
+        figure = _time_to_accuracy(first)
         yield Picture.of("time_to_accuracy", f"Time-to-accuracy speedup over {runs[0].label}", TIME_TO_ACCURACY, figure)
     if any(_scaling(run) for run in runs):
         left = [run.label for run in runs if not _scaling(run)]
@@ -95,21 +97,25 @@ def phases(run: Run, number: int) -> Picture | None:
         return Picture.of(name, f"Phases of {run.label}", PHASES, _phases(run))
 
 
-def _start(runs: Sequence[Run]) -> tuple[Figure, list[str]]:
+def _start(runs: Sequence[Run | Line]) -> tuple[Figure, list[str]]:
     """An empty figure with room for a legend where there is more than one run, and the runs' names."""
     labels = [short(run.label) for run in runs]
     return blank(3.5, labels if len(runs) > 1 else ()), labels
 
 
 def _accuracy(runs: Sequence[Run], words: str, place: Callable[[Eval], float]) -> Figure:
-    figure, labels = _start(runs)
+    lines = lines_of(runs)
+    figure, labels = _start(lines)
     axes = figure.add_subplot()
-    for i, run in enumerate(runs):
-        points = [(place(each), each.accuracy) for each in run.evals]
-        _line(axes, points, label=labels[i], markevery=1 + len(points) // 12, **look(i))
+    for i, line in enumerate(lines):
+        curves = [[(place(each), each.accuracy) for each in run.evals] for run in line.runs]
+        if len(curves) > 1:
+            _band(axes, curves, label=labels[i], **look(i))
+            continue
+        _line(axes, curves[0], label=labels[i], markevery=1 + len(curves[0]) // 12, **look(i))
     axes.set_ylim(bottom=_floor(runs))
     title_axes(axes, f"Test accuracy against {words}", words, "test accuracy (fraction)")
-    if len(runs) > 1:
+    if len(lines) > 1:
         legend(figure, *axes.get_legend_handles_labels())
     return figure
 
@@ -147,6 +153,13 @@ def _line(axes: Axes, points: Sequence[tuple[float, float | None]], **style: Any
     axes.plot([x for x, _ in seen], [y for _, y in seen], **style)
 
 
+def _band(axes: Axes, curves: Sequence[Sequence[tuple[float, float | None]]], **style: Any) -> None:
+    """The mean of several seeds' curves, and a band of a standard deviation to either side."""
+    at, mean, spread = band(curves)
+    axes.fill_between(at, mean - spread, mean + spread, color=style["color"], alpha=0.2, linewidth=0)
+    axes.plot(at, mean, **(style | {"marker": ""}))
+
+
 def _time_to_accuracy(runs: Sequence[Run]) -> Figure:
     labels = [f"{short(runs[0].label)} (the first run)", *(short(run.label) for run in runs[1:])]
     figure = blank(3.5, labels)
@@ -168,10 +181,19 @@ def _scaling(run: Run) -> tuple[float, float] | None:
     return None if accuracy is None or speedup is None else (accuracy, speedup)
 
 
+def _middle(line: Line) -> tuple[float, float] | None:
+    """Means over the seeds."""
+    accuracy, speedup = line.mean("test_accuracy"), line.mean("scaling_speedup")
+    return None if accuracy is None or speedup is None else (accuracy, speedup)
+
+
 def _scatter(runs: Sequence[Run]) -> Figure:
     figure = blank(3.7)
     axes = figure.add_subplot()
-    points = [(i, short(run.label), place) for i, run in enumerate(runs) if (place := _scaling(run))]
+    points = [(i, short(line.label), place) for i, line in enumerate(lines_of(runs)) if (place := _middle(line))]
+    for i, line in enumerate(lines_of(runs)):
+        for accuracy, speedup in filter(None, map(_scaling, line.runs) if len(line.runs) > 1 else ()):
+            axes.plot(accuracy, speedup, **(look(i) | {"linestyle": "none", "markersize": 4, "alpha": 0.5}))
     for i, _, (accuracy, speedup) in points:
         axes.plot(accuracy, speedup, **(look(i) | {"linestyle": "none", "markersize": 9}))
     accuracies, speedup_top = [at for _, _, (at, _) in points], max(up for _, _, (_, up) in points)
@@ -196,13 +218,19 @@ def _ideal(axes: Axes, ranks: int) -> None:
 
 
 def _losses(runs: Sequence[Run]) -> Figure:
-    figure, labels = _start(runs)
+    lines = lines_of(runs)
+    figure, labels = _start(lines)
     axes = figure.add_subplot()
-    for i, run in enumerate(runs):
-        _loss(axes, run.rounds, label=labels[i], **(look(i) | {"marker": ""}))
+    for i, line in enumerate(lines):
+        if len(line.runs) > 1:
+            _band(
+                axes, [[(e.samples, e.train_loss) for e in run.rounds] for run in line.runs], label=labels[i], **look(i)
+            )
+            continue
+        _loss(axes, line.runs[0].rounds, label=labels[i], **(look(i) | {"marker": ""}))
     title_axes(axes, "Training loss against samples", "samples (all ranks)", "training loss")
     _scale(axes)
-    if len(runs) > 1:
+    if len(lines) > 1:
         legend(figure, *axes.get_legend_handles_labels())
     return figure
 
@@ -228,28 +256,32 @@ def _scale(axes: Axes) -> None:
 
 
 def _time(runs: Sequence[Run]) -> Figure:
-    """A thick bar a run for the training clock, and under it a thin hatched one for what is beside it; seconds."""
-    kinds = [part for part in (*SPENT, *BESIDE) if any(run.number(part[0]) for run in runs)]
-    figure = blank(1.1 + 0.72 * len(runs), [part[1] for part in kinds])
+    """A thick bar a run for the training clock, and under it a thin hatched one for what is beside it; seconds.
+
+    Seeds are one bar of their means.
+    """
+    lines = lines_of(runs)
+    kinds = [part for part in (*SPENT, *BESIDE) if any(run.mean(part[0]) for run in lines)]
+    figure = blank(1.1 + 0.72 * len(lines), [part[1] for part in kinds])
     axes = figure.add_subplot()
-    longest = max(sum(run.number(name) or 0.0 for name, *_ in parts) for run in runs for parts in (SPENT, BESIDE))
-    for i, run in enumerate(runs):
+    longest = max(sum(run.mean(name) or 0.0 for name, *_ in parts) for run in lines for parts in (SPENT, BESIDE))
+    for i, run in enumerate(lines):
         axes.text(0, i - 0.33, f" {short(run.label)}", va="center", fontsize=9.5)
         for parts, at, height in ((SPENT, i, 0.36), (BESIDE, i + 0.3, 0.16)):
             begin = 0.0
             for name, _, color in parts:
-                length = run.number(name) or 0.0
+                length = run.mean(name) or 0.0
                 if not length:
                     continue
                 _bar(axes, at, begin, length, height, color)
                 if parts is SPENT and length > 0.09 * longest:
-                    share = length / (run.number("elapsed_s") or length)
+                    share = length / (run.mean("elapsed_s") or length)
                     dark = "white" if name != "input_wait_s" else "black"
                     axes.text(begin + length / 2, at, f"{share:.0%}", ha="center", va="center", color=dark, fontsize=9)
                 begin += length
             if begin:
                 axes.text(begin, at, f" {text.seconds(begin)}", va="center", fontsize=8.5, color="#333333")
-    axes.set_ylim(len(runs) - 0.42, -0.58)
+    axes.set_ylim(len(lines) - 0.42, -0.58)
     axes.set_xlim(0, longest * 1.14 or 1.0)
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)

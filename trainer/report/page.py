@@ -13,8 +13,9 @@ from trainer.errors import ConfigError
 from trainer.records.reader import Run
 from trainer.report import figures, text
 from trainer.report.drawing import COLORS, Picture
+from trainer.report.seeds import Line, lines_of
 from trainer.report.speedups import Speedup, speedups, with_distinct_labels
-from trainer.report.style import CSS
+from trainer.report.style import CSS, SORT, SORT_HASH
 
 Form = Callable[[Any], str]
 
@@ -64,6 +65,10 @@ OVER_DEVICES: tuple[tuple[str, str, Form], ...] = (
 """Figures of runs with federated devices."""
 
 
+OWN_PICTURES = 4
+"""Lines whose first run gets a picture of its phases: a page of thirty runs is for comparing them."""
+
+
 def write_report(runs: Sequence[Run], out: str | Path | None = None) -> Path:
     """Write the page and its pictures; the first run is what the others' times are counted from.
 
@@ -83,7 +88,8 @@ def write_report(runs: Sequence[Run], out: str | Path | None = None) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         shared = figures.comparison(runs)
-        own = [figures.phases(run, number) for number, run in enumerate(runs, 1)]
+        drawn = {line.runs[0].label for line in lines_of(runs)[:OWN_PICTURES]}
+        own = [figures.phases(run, number) if run.label in drawn else None for number, run in enumerate(runs, 1)]
         for picture in (*shared, *(each for each in own if each)):
             (folder / f"{picture.name}.png").write_bytes(picture.png)
         page.write_text(html(runs, shared, own), encoding="utf-8")
@@ -103,30 +109,36 @@ def _places(runs: Sequence[Path], out: Path | None) -> tuple[Path, Path]:
 def html(runs: Sequence[Run], shared: Sequence[Picture], own: Sequence[Picture | None]) -> str:
     """The whole page."""
     title = runs[0].label if len(runs) == 1 else f"{len(runs)} runs"
+    places = {run.label: i for i, line in enumerate(lines_of(runs)) for run in line.runs}  # by colour
     body = [
         f"<h1>{escape(title)}</h1>",
         _tiles(runs[0]) if len(runs) == 1 else _lead(runs),
-        f'<div class="grid">{"".join(map(_figure, shared))}</div>',
+        f'<div class="grid">{"".join(map(figure, shared))}</div>',
         "" if shared else '<p class="faint">No round and no evaluation is recorded yet.</p>',
-        _time_to_accuracy(runs) if len(runs) > 1 else "",
-        *(_run(i, run, picture) for i, (run, picture) in enumerate(zip(runs, own, strict=True))),
+        _time_to_accuracy([line.runs[0] for line in lines_of(runs)]) if len(runs) > 1 else "",
+        *(_run(places[run.label], run, picture) for run, picture in zip(runs, own, strict=True)),
         "<h2>All figures</h2>",
         _all_figures(runs),
-        *(_config(i, run) for i, run in enumerate(runs)),
+        *(_config(places[run.label], run) for run in runs),
     ]
+    return document(f"Report: {title}", body)
+
+
+def document(title: str, body: Iterable[str]) -> str:
+    """One HTML file that needs no network, in the report's style."""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
-        "style-src 'unsafe-inline'\">\n"
-        f"<title>Report: {escape(title)}</title>\n<style>{CSS}</style>\n</head>\n<body>\n"
+        f"style-src 'unsafe-inline'; script-src '{SORT_HASH}'\">\n"
+        f"<title>{escape(title)}</title>\n<style>{CSS}</style>\n</head>\n<body>\n"
         + "\n".join(part for part in body if part)
-        + "\n</body>\n</html>\n"
+        + f"\n<script>{SORT}</script>\n</body>\n</html>\n"
     )
 
 
 def _tiles(run: Run) -> str:
-    """What one run reached, in large type."""
+    """One run's results in large type."""
     tiles = "".join(
         f'<div class="tile"><b>{escape(figure)}</b><span>{escape(name)}</span>'
         f'<span class="faint">{escape(beside)}</span></div>'
@@ -136,27 +148,67 @@ def _tiles(run: Run) -> str:
 
 
 def _about(run: Run) -> str:
-    """What was trained, with what and when, in a few lines."""
+    """A few lines that say what was trained, with what and when."""
     lines = "".join(f"<p><b>{escape(name)}</b><span>{escape(words)}</span></p>" for name, words in text.about(run))
     return f'<div class="about">{lines}{_mark(run)}</div>'
 
 
+# figures of several runs: name, heading, form, and 1 where more is better, else -1
+LEAD: tuple[tuple[str, str, Form, int], ...] = (
+    ("test_accuracy", "test accuracy", text.accuracy, 1),
+    ("scaling_speedup", "scaling speedup", lambda value: text.number(value, ".2f"), 1),
+    ("samples_per_s", "samples/s", text.number, 1),
+    ("elapsed_s", "training clock", text.seconds, -1),
+)
+
+
 def _lead(runs: Sequence[Run]) -> str:
-    """What several runs reached, a row each."""
+    """Several runs' results, a row each."""
     abouts = "".join(
-        f"<p>{_name(i, run)}: {escape('; '.join(words for _, words in text.about(run)))}</p>"
-        for i, run in enumerate(runs)
+        f"<p>{_line_name(i, line)}: {escape('; '.join(words for _, words in text.about(line.runs[0])))}</p>"
+        for i, line in enumerate(lines_of(runs))
     )
-    head = ("run", "test accuracy", "scaling speedup", "samples/s", "training clock", "time-to-accuracy speedup")
+    lines = lines_of(runs)
+    head = ("run", *(title for _, title, *_ in LEAD), "time-to-accuracy speedup")
+    best = [_best(lines, name, sign) for name, _, _, sign in LEAD]
     rows = []
-    for i, run in enumerate(runs):
-        reached = [escape(figure) for figure, *_ in text.headline(run)]
-        rows.append([_name(i, run), *reached, escape(_last_speedup(runs[0], run) if i else "first run")])
+    for i, line in enumerate(lines):
+        cells = [_cell(line, name, form, best=i in those) for (name, _, form, _), those in zip(LEAD, best, strict=True)]
+        last = escape(_last_speedup(runs[0], line.runs[0]) if i else "first run")
+        rows.append([_line_name(i, line), *cells, last])
     beside = (
-        "The last column is the first run's training time over this run's, to the highest accuracy that both reached."
+        "The last column is the first run's training time over this run's, to the highest accuracy that both reached. "
+        "The best figure of a column is marked ★. A heading sorts by its column."
     )
-    table = _table(head, rows, kind="lead")
-    return f'{table}<p class="faint">{beside}</p><div class="about">{abouts}</div>'
+    if len(lines) < len(runs):
+        beside += " Runs that differ in their seed only are one line: mean ± standard deviation."
+    whole = f'{table(head, rows, kind="lead")}<p class="faint">{beside}</p>'
+    shown = " open" if len(lines) <= OWN_PICTURES else ""
+    return f'{whole}<details{shown}><summary>What was trained</summary><div class="about">{abouts}</div></details>'
+
+
+def _best(lines: Sequence[Line], name: str, sign: int) -> set[int]:
+    """The places of the lines with the best figure; none where all have the same."""
+    found = {i: sign * value for i, line in enumerate(lines) if (value := line.mean(name)) is not None}
+    most = max(found.values(), default=0.0)
+    places = {i for i, value in found.items() if value == most}
+    return places if len(places) < len(found) else set()
+
+
+def _cell(line: Line, name: str, form: Form, *, best: bool) -> str:
+    """A figure with its spread over seeds, and a mark where it is the best."""
+    words, spread = form(line.mean(name)), line.spread(name)
+    words += "" if spread is None else f" ± {form(spread)}"
+    return f'<b class="best">{escape(words)} ★</b>' if best else escape(words)
+
+
+def _line_name(i: int, line: Line) -> str:
+    """A line behind its colour; a run of its own also says how far it came."""
+    if len(line.runs) == 1:
+        return _name(i, line.runs[0])
+    unfinished = sum(not run.finished for run in line.runs)
+    mark = f' <span class="mark">{unfinished} unfinished</span>' if unfinished else ""
+    return f'<span class="chip" style="background:{COLORS[i % len(COLORS)]}"></span>{escape(line.label)}{mark}'
 
 
 def _last_speedup(reference: Run, run: Run) -> str:
@@ -174,7 +226,8 @@ def _mark(run: Run) -> str:
     return "" if run.finished else f'<span class="mark">{escape(run.state())} samples</span>'
 
 
-def _figure(picture: Picture) -> str:
+def figure(picture: Picture) -> str:
+    """A picture in the page itself, with its note."""
     data = base64.b64encode(picture.png).decode()
     note = f"<figcaption>{escape(picture.note)}</figcaption>" if picture.note else ""
     return f'<figure><img alt="{escape(picture.title)}" src="data:image/png;base64,{data}">{note}</figure>'
@@ -193,7 +246,7 @@ def _time_to_accuracy(runs: Sequence[Run]) -> str:
     none = [run.label for run, those in zip(runs[1:], found, strict=True) if not those]
     left = f'<p class="faint">No accuracy reached by both: {escape(", ".join(none))}.</p>' if none else ""
     head = ("test accuracy", *(run.label for run in runs[1:]))
-    return f'{title}<p class="faint">{escape(figures.TIME_TO_ACCURACY)}</p>{_table(head, rows)}{left}'
+    return f'{title}<p class="faint">{escape(figures.TIME_TO_ACCURACY)}</p>{table(head, rows)}{left}'
 
 
 def _all_figures(runs: Sequence[Run]) -> str:
@@ -205,7 +258,7 @@ def _all_figures(runs: Sequence[Run]) -> str:
     of_devices = OVER_DEVICES if any("virtual_s" in run.figures for run in runs) else ()
     for key, name, form in (*FIGURES, *of_devices, *((key, key, text.plain) for key in more)):
         rows.append([escape(name), *(escape(_formed(form, run.figures.get(key))) for run in runs)])
-    return _table(("figure", *(run.label for run in runs)), rows, kind="figures")
+    return table(("figure", *(run.label for run in runs)), rows, kind="figures")
 
 
 def _formed(form: Form, value: Any) -> str:
@@ -230,11 +283,18 @@ def _run(i: int, run: Run, picture: Picture | None) -> str:
         for phase in run.phases
     ]
     head = ("phase", "name", "batch a rank", "sync period", "LR scale", "from sample", "samples", "why")
-    drawn = _figure(picture) if picture else '<p class="faint">No round and no evaluation is recorded yet.</p>'
+    drawn = figure(picture) if picture else f'<p class="faint">{_undrawn(run)}</p>'
     return (
-        f"<h2>Phases of {_name(i, run)}</h2>{_table(head, phases, words_last=True)}"
+        f"<h2>Phases of {_name(i, run)}</h2>{table(head, phases, words_last=True)}"
         f'<div class="grid">{drawn}<div>{_events(run)}</div></div>'
     )
+
+
+def _undrawn(run: Run) -> str:
+    """Why a run has no picture of its phases."""
+    if run.rounds or run.evals:
+        return f"Drawn by a report of its own: python -m trainer.report {escape(str(run.folder))}"
+    return "No round and no evaluation is recorded yet."
 
 
 def _config(i: int, run: Run) -> str:
@@ -255,10 +315,10 @@ def _events(run: Run) -> str:
         ]
         for event in events
     ]
-    return "<h3>Events</h3>" + _table(("event", "local step", "samples", "figures"), rows, words_last=True)
+    return "<h3>Events</h3>" + table(("event", "local step", "samples", "figures"), rows, words_last=True)
 
 
-def _table(head: Iterable[str], rows: Iterable[Sequence[str]], *, words_last: bool = False, kind: str = "short") -> str:
+def table(head: Iterable[str], rows: Iterable[Sequence[str]], *, words_last: bool = False, kind: str = "short") -> str:
     """A table that scrolls within the page; cells are HTML already, headings are not."""
     names = list(head)
     classes = [""] * (len(names) - 1) + [' class="words"' * words_last]

@@ -32,7 +32,7 @@ class Speedup:
 
 
 def with_distinct_labels(runs: Sequence[Run]) -> list[Run]:
-    """The same runs; those of one name get their parent folder's before it, or else a number after it."""
+    """These runs, told apart: equal names get their parent folder's before them, or else a number after them."""
     labels = [run.label for run in runs]
     labels = [
         f"{run.folder.resolve().parent.name}/{label}" if labels.count(label) > 1 else label

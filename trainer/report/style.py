@@ -1,4 +1,9 @@
-"""The page's style sheet: one column at narrow widths, as many as fit at wide ones."""
+"""The page's style sheet, one column at narrow widths and as many as fit at wide ones; and its script, which sorts."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
 
 CSS = """
 :root { color-scheme: light; --ink: #1b1f24; --faint: #57606a; --line: #d8dee4; --soft: #f6f8fa; }
@@ -37,6 +42,10 @@ td.words { white-space: normal; min-width: 11rem; }
 tbody th, thead th:not(:first-child) { white-space: normal; overflow-wrap: anywhere; min-width: 5.2rem; }
 .short tbody th, .short thead th:not(:first-child) { overflow-wrap: break-word; }
 .lead tbody th { min-width: 8.5rem; }
+.lead thead th { cursor: pointer; }
+.lead thead th[aria-sort=ascending]::after { content: " ▲"; }
+.lead thead th[aria-sort=descending]::after { content: " ▼"; }
+.best { font-weight: 600; white-space: nowrap; }
 .lead thead th:not(:first-child) { overflow-wrap: normal; }
 thead th { position: sticky; top: 0; background: var(--soft); z-index: 1; }
 th:first-child, td:first-child { text-align: left; }
@@ -50,3 +59,23 @@ summary { cursor: pointer; font-weight: 600; }
 pre { background: var(--soft); border: 1px solid var(--line); border-radius: 6px; padding: .7rem; overflow: auto;
   font-size: .82rem; max-height: 34rem; }
 """
+
+SORT = """
+for (const head of document.querySelectorAll(".lead thead th")) {
+  head.addEventListener("click", () => {
+    const body = head.closest("table").tBodies[0], place = head.cellIndex;
+    const up = head.getAttribute("aria-sort") === "descending" ? 1 : -1;
+    const value = row => {
+      const words = row.cells[place].textContent, number = parseFloat(words.replace(/[,≥≤ ]/g, ""));
+      return place && !isNaN(number) ? number : words;
+    };
+    const order = (a, b) => typeof a === typeof b ? (a < b ? -1 : a > b ? 1 : 0) : typeof a === "number" ? -up : up;
+    const rows = [...body.rows].sort((a, b) => up * order(value(a), value(b)));
+    for (const other of head.parentNode.cells) other.removeAttribute("aria-sort");
+    head.setAttribute("aria-sort", up === 1 ? "ascending" : "descending");
+    body.append(...rows);
+  });
+}
+"""
+SORT_HASH = f"sha256-{base64.b64encode(hashlib.sha256(SORT.encode()).digest()).decode()}"
+"""The only script that the page lets run."""

@@ -49,7 +49,7 @@ def speedup(found: Speedup | None) -> str:
 
 
 def plain(value: Any) -> str:
-    """Whatever a record holds."""
+    """Any value of a record, in words."""
     if value is None:
         return NONE
     if isinstance(value, bool | str):
@@ -83,7 +83,7 @@ def duration(value: float) -> str:
 
 
 def about(run: Run) -> list[tuple[str, str]]:
-    """What was trained, with what and when: (word, figures); what was not recorded is left out."""
+    """Lines of (word, figures) that say what was trained, with what and when; gaps in the record are left out."""
     figures, ranks = run.figures, run.number("world_size")
     trained = [_with(figures.get("data"), run.number("data_samples"), "samples")]
     trained.append(_with(figures.get("model"), run.number("parameters"), "parameters"))
@@ -110,7 +110,7 @@ def plan(table: Any) -> str:
 
 
 def headline(run: Run) -> list[tuple[str, str, str]]:
-    """What the run reached: (figure, its name, what it is beside)."""
+    """The run's results: (figure, its name, what it is beside)."""
     best = run.number("best_test_accuracy")
     return [
         (accuracy(run.number("test_accuracy")), "test accuracy", f"best {accuracy(best)}"),

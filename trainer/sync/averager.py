@@ -22,10 +22,10 @@ from trainer.sync.replica import Place, Replica, mean_values
 
 @dataclass(frozen=True)
 class Arrived:
-    """What a transfer brought besides the averages."""
+    """A transfer's result besides the averages."""
 
     total: Total
-    """What all ranks' reports come to."""
+    """The total of all ranks' reports."""
     divergence: float
     """Squared distance of the replicas from their mean, weighted by samples; of the parts that were sent."""
     sq_norm: float
@@ -55,7 +55,7 @@ class Done:
 
 @dataclass
 class Carried:
-    """What goes along with a round's parameters, averaged in place."""
+    """Tensors that go along with a round's parameters, averaged in place."""
 
     state: dict[Place, torch.Tensor] = field(default_factory=dict)
     """The optimizer's own, or beside training copies."""
@@ -263,7 +263,7 @@ class Averager:
     def _average_carried(
         self, carried: Carried, total: Total, weight: float, via: Collectives, *, delayed: bool
     ) -> None:
-        """What goes along with a round's parameters: optimizer state, and what has moved without a gradient.
+        """Average what goes along with a round's parameters: optimizer state, and what has moved without a gradient.
 
         Beside training an average of buffers would come too late to replace what they are then; an evaluation averages
         them in any case.
@@ -352,7 +352,7 @@ def _plain(arrived: Arrived) -> dict[str, Any]:
 
 
 def share(report: Report, via: Collectives) -> Total:
-    """What all ranks' reports come to.
+    """The total of all ranks' reports.
 
     Raises:
         MismatchError: ranks are not at one place of one Plan.

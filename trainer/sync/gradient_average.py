@@ -48,7 +48,7 @@ class Bucket:
     views: list[torch.Tensor]
     """A place of `flat` a parameter, of its shape and strides."""
     parts: list[torch.Tensor]
-    """The same places, flat and real."""
+    """These places, flat and real."""
     waiting: set[int] = field(default_factory=set)
     """Numbers of the parameters whose gradient has not come in this backward pass."""
     without: list[int] = field(default_factory=list)
@@ -122,11 +122,11 @@ class GradientAverage:
         self._hooks: list[Any] = []
         self._places: dict[int, int] = {}
         self._owed: dict[int, torch.Tensor] = {}
-        """What compression lost of gradients (flat, by the parameter's place) and nothing has made good yet."""
+        """Loss of compressed gradients (flat, by the parameter's place) that nothing has made good yet."""
         self._compressed: set[int] = set()
         self._restored: dict[str, Any] | None = None
         self._flags = torch.empty(0)
-        """What is summed where nothing is odd: `HEAD`, and a 1 a parameter."""
+        """The numbers that are summed where nothing is odd: `HEAD`, and a 1 a parameter."""
         self._step = self._pass = 0
         self._quiet = False
         self._open = self._outermost = False
@@ -454,7 +454,7 @@ class GradientAverage:
             powersgd.error_dict[bucket.number] = error
 
     def _all_owed(self) -> dict[int, torch.Tensor]:
-        """What compression lost of gradients so far, flat, by the parameter's place."""
+        """Loss of compressed gradients so far, flat, by the parameter's place."""
         owed = dict(self._owed)
         for number, lost in self._powersgd.error_dict.items() if self._powersgd is not None else ():
             bucket = self._buckets[number]

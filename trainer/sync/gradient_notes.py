@@ -1,4 +1,4 @@
-"""What a rank notes of its gradients for the others: squared norms, and a sketch that tells how gradients agree."""
+"""Notes of a rank's gradients for the others: squared norms, and a sketch that tells how gradients agree."""
 
 from __future__ import annotations
 

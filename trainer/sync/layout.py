@@ -25,7 +25,7 @@ FACTS = ("name", "shape", "strides", "type", "requires_grad", "place in the opti
 
 @dataclass(frozen=True)
 class Layout:
-    """What ranks must have alike of a model and its optimizer, besides values.
+    """Facts of a model and its optimizer that ranks must have alike, besides values.
 
     Of every parameter its name, shape, strides, type, `requires_grad` and place in the optimizer; of every buffer that
     is saved its name, shape and type; and the optimizer's class.

@@ -42,7 +42,7 @@ def adam(delta: torch.Tensor, moments: Moments, beta: float) -> None:
 
 @dataclass(frozen=True)
 class Rule:
-    """What becomes of Δ, in place; the published defaults; and whether Δ counts in units of the local learning rate."""
+    """A rule for Δ, in place; its published defaults; and whether Δ counts in units of the local learning rate."""
 
     direct: Callable[[torch.Tensor, Moments, float], None]
     lr: float
@@ -72,7 +72,7 @@ class Outer:
 
     @classmethod
     def of(cls, settings: SyncConfig, values: torch.Tensor) -> Outer | None:
-        """What the settings say for these parameters."""
+        """The outer optimizer that the settings name, for these parameters."""
         if settings.outer == "none":
             return None
         rule, lr, beta = RULES[settings.outer], settings.outer_lr, settings.outer_momentum
@@ -81,7 +81,7 @@ class Outer:
         return cls(rule, rule.lr if lr is None else lr, rule.momentum if beta is None else beta, moments)
 
     def at(self, place: slice) -> Outer:
-        """The same for a place of the buffer, in the same memory."""
+        """This optimizer for a place of the buffer, in the same memory."""
         moments = {name: moment[place] for name, moment in self._moments.items()}
         return Outer(self._rule, self._lr, self._beta, moments)
 

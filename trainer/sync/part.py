@@ -31,7 +31,7 @@ class Beside:
 
     @property
     def snapshot(self) -> torch.Tensor:
-        """What this rank sends, as it was when the average began."""
+        """This rank's contribution, as it was when the average began."""
         assert not self.is_correction
         return self.values
 
@@ -62,12 +62,12 @@ class Part:
         self.agreed_sq_norm = 0.0
         """Squared norm of the latest average."""
         self._owed: torch.Tensor | None = None
-        """What a lossy wire format lost; it is sent the next time."""
+        """Loss of a lossy wire format; it is sent the next time."""
         self._mean: torch.Tensor | None = None
         """Where a lossless exchange makes the mean from what is sent. A blocking average of parameters needs none: the
         values become the mean."""
         self._owed_within: torch.Tensor | None = None
-        """What the wire format inside the node lost."""
+        """Loss of the wire format inside the node."""
         self._beside: Beside | None = None
         """Kept where averages may be delayed."""
         self._moved_sq: torch.Tensor | None = None
@@ -166,7 +166,7 @@ class Part:
         return norm.item()
 
     def _consumed(self, *, delayed: bool) -> torch.Tensor:
-        """What the exchange consumes: it becomes the mean, or what was lost."""
+        """The tensor that the exchange consumes: it becomes the mean, or the loss."""
         if self._exchange.lossy:
             return _present(self._owed)
         return self.values if self._base is None and not delayed else _present(self._mean)
@@ -240,7 +240,7 @@ class Part:
             self.values.copy_(agreed)
 
     def state_dict(self) -> dict[str, Any]:
-        """What later averages depend on, a transfer under way included (once it has arrived)."""
+        """State that later averages depend on, a transfer under way included (once it has arrived)."""
         kept = {"base": self._base, "owed": self._owed, "mean": self._mean, "owed_within": self._owed_within}
         kept["correction"] = None if self._beside is None else self._beside.values
         return {

@@ -77,7 +77,7 @@ class Progress:
 
     @property
     def plan(self) -> Plan:
-        """What the open round does."""
+        """The Plan of the open round."""
         return self._told.plan
 
     @property
@@ -112,7 +112,7 @@ class Progress:
         self.round_steps = 0
 
     def place(self) -> Report:
-        """What ranks compare and weigh an average by, as it is now."""
+        """This rank's report as it is now, which ranks compare and weigh an average by."""
         plan, times, optimizer = self.plan, self._clock.read(), self._replica.optimizer
         rates = [float(group["lr"]) * self.lr_scale for group in optimizer.param_groups]
         told = rates, optimizer_settings(optimizer)

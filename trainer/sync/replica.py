@@ -350,7 +350,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _to(state: Any, device: Any) -> Any:
-    """The same state on a device."""
+    """Optimizer state moved to a device."""
     return tree_map(lambda leaf: leaf.detach().to(device) if torch.is_tensor(leaf) else leaf, state)
 
 

@@ -24,7 +24,7 @@ class SyncedModel(nn.Module):
     find_unused_parameters = False
     """As DistributedDataParallel has it: parameters that a forward pass leaves out are no special case here."""
     bucket_bytes_cap = BUCKET_BYTES
-    """What torch.compile reads of an active DistributedDataParallel, to end a compiled graph where a bucket ends."""
+    """Read by torch.compile as an active DistributedDataParallel, so that a compiled graph ends where a bucket ends."""
 
     def __init__(self, module: nn.Module, average: GradientAverage, *, splits_graphs: bool) -> None:
         super().__init__()

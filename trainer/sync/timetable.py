@@ -72,7 +72,7 @@ class Timetable:
         self._progress.transfer_s = math.nan
 
     def within_round(self, plan: Plan) -> None:
-        """What is due after a local step that does not end a round: the node's average, a fragment's turn."""
+        """Do what is due after a local step that does not end a round: the node's average, a fragment's turn."""
         steps = self._progress.round_steps
         due = [each for each in self._averager.everything[:-1] if steps == self._turn(each, plan)]
         self._within_node(due)
@@ -184,7 +184,7 @@ class Delay:
         return min(measured if asked == "auto" else asked, period)
 
     def forget(self) -> None:
-        """What is sent has changed: measure again."""
+        """Measure again, since what is sent has changed."""
         self._needed = []
 
     def saw(self, total: Total) -> None:

@@ -1,1 +1,1 @@
-"""What goes over the network at an averaging: flat buffers, number formats, exchanges."""
+"""Sends averages over the network: flat buffers, number formats, exchanges."""

@@ -55,7 +55,7 @@ class NodesExchange(Exchange):
         yield slice(0, self._count), whole.view(-1)[: self._count]
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """What this rank's share lost."""
+        """Loss of this rank's share."""
         return self._between.state_dict()
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:

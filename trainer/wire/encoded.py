@@ -28,7 +28,7 @@ class Sending:
 
     chunk: slice
     coded: torch.Tensor
-    """What arrives: rows of bytes."""
+    """Rows of bytes that arrive."""
     work: Any
 
 
@@ -193,7 +193,7 @@ class CodedExchange(Exchange):
         return -(-count // (self._ranks * BLOCK)) * BLOCK
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """What this rank's means lost."""
+        """Loss of the means that this rank encoded."""
         return {} if self._owed is None else {"owed": self._owed}
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:

@@ -10,16 +10,16 @@ import torch
 from trainer.distributed.collectives import Collectives
 
 OWED = torch.bfloat16
-"""What a rank's own encoding lost is kept in this type: half the memory, and its rounding loses little of a little."""
+"""Type of the loss that a rank keeps of its own encoding: half the memory, and rounding loses little of a little."""
 Fresh = Callable[[slice], torch.Tensor]
-"""What is new of a place, in float32 or wider."""
+"""Tells what is new of a place, in float32 or wider."""
 
 
 class Exchange(ABC):
     """Averages tensors of one length, over and over."""
 
     lossy: bool
-    """What the wire format loses stays in the values, for the next time (error feedback)."""
+    """The loss of the wire format stays in the values, for the next time (error feedback)."""
 
     @abstractmethod
     def means(
@@ -33,7 +33,7 @@ class Exchange(ABC):
         """
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """What is lost and not yet made good, besides what stays in the values: by default nothing."""
+        """Losses that are not yet made good, besides those that stay in the values: by default none."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:  # noqa: B027  # nothing by default
