@@ -18,59 +18,61 @@ LOOKS_S = 0.005, 0.25
 class Meeting:
     """Ranks gather JSON values through the process group's store; a world of one needs none.
 
-    One thread of each rank uses it, and all gather in one order.
+    One thread of each rank uses it. Every gathering has a name of its own, so a rank that missed one is at the next.
     """
 
     def __init__(self, world: World) -> None:
         self._world, self._store = world, world.board.store
-        self._count = 0
+        self._told: list[str] = []
+        """Keys that rank 0 has told under and not deleted."""
         self._closed = False
 
     def close(self) -> None:
         """Wait for nobody any more."""
         self._closed = True
 
-    def gather(self, thing: Any, about: str) -> list[Any]:
+    def gather(self, name: str, thing: Any) -> list[Any]:
         """Every rank's thing, by rank.
 
+        Args:
+            name: of this gathering, the same on every rank and never used again.
+            thing: this rank's.
+
         Raises:
-            PeerError: a peer left or did not answer in time; names what this was about.
+            PeerError: a peer left or did not answer in time.
         """
         if self._world.size == 1:
             return [thing]
-        self._count += 1
         try:
-            everyone: list[Any] = self._gathered(json.dumps(thing), about)
+            everyone: list[Any] = self._gathered(f"{self._world.board.prefix}/meeting/{name}", json.dumps(thing))
         except RuntimeError as error:  # the store is gone
-            raise error if isinstance(error, PeerError) else PeerError(f"{about}: {error}") from error
+            raise error if isinstance(error, PeerError) else PeerError(str(error).split("\n")[0]) from error
         return everyone
 
-    def _gathered(self, mine: str, about: str) -> Any:
+    def _gathered(self, key: str, mine: str) -> Any:
         if self._world.rank != 0:
-            self._store.set(self._key(self._world.rank), mine)
-            return json.loads(self._await(self._key("all"), about))
-        others = [self._key(rank) for rank in range(1, self._world.size)]
-        told = f"[{', '.join([mine, *(self._await(key, about) for key in others)])}]"
-        self._store.set(self._key("all"), told)
-        # whoever has come to this meeting has read what the one before it told
-        for key in (*others, self._key("all", self._count - 1)):
+            self._store.set(f"{key}/{self._world.rank}", mine)
+            return json.loads(self._await(f"{key}/all"))
+        others = [f"{key}/{rank}" for rank in range(1, self._world.size)]
+        told = f"[{', '.join([mine, *map(self._await, others)])}]"
+        # whoever has come here has read what was told before
+        for old in (*others, *self._told):
             with suppress(RuntimeError, NotImplementedError):
-                self._store.delete_key(key)
+                self._store.delete_key(old)
+        self._store.set(f"{key}/all", told)
+        self._told = [f"{key}/all"]
         return json.loads(told)
 
-    def _await(self, key: str, about: str) -> str:
+    def _await(self, key: str) -> str:
         deadline, pause, look_at = time.monotonic() + self._world.timeout_s, LOOKS_S[0], time.monotonic() + PATIENCE_S
         while not self._store.check([key]):
             now = time.monotonic()
             if self._closed or now > deadline:
-                raise PeerError(f"{about}: a rank did not answer in {self._world.timeout_s:g} s")
+                raise PeerError(f"a rank did not answer in {self._world.timeout_s:g} s")
             if now > look_at:
                 look_at = now + PATIENCE_S
                 if gone := self._world.board.gone():
-                    raise PeerError(f"{about}: {'; '.join(f'rank {rank} {why}' for rank, why in gone.items())}")
+                    raise PeerError("; ".join(f"rank {rank} {why}" for rank, why in gone.items()))
             time.sleep(pause)
             pause = min(2 * pause, LOOKS_S[1])
         return bytes(self._store.get(key)).decode()
-
-    def _key(self, who: int | str, count: int | None = None) -> str:
-        return f"{self._world.board.prefix}/meeting/{self._count if count is None else count}/{who}"

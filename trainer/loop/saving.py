@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from trainer.data.reading import one_line
 from trainer.distributed.background import Background, Task
 from trainer.distributed.meeting import Meeting
 from trainer.distributed.world import World
@@ -101,19 +102,20 @@ class Saving:
         try:
             problem = problem or _not_finite(snapshot, trained)
             mine = {name: digest(tensor) for name, tensor in snapshot.tensors.items()}
-            told = self._meeting.gather({"digests": mine, "problem": problem}, what)
+            told = self._meeting.gather(f"{path.name}/digests", {"digests": mine, "problem": problem})
             if self._has_trouble(told, what):
                 return
             written = self._write_own(partial, snapshot, _owners([each["digests"] for each in told]), mine)
-            told = self._meeting.gather(written, what)
+            told = self._meeting.gather(f"{path.name}/files", written)
             is_whole = not self._has_trouble(told, what)
             if is_whole and self.world.rank == 0:
                 files = {name: Checksum(**each) for rank in told for name, each in rank["files"].items()}
                 is_whole = self._publish(partial, replace(about, files=files), what, sync_records)
-            if not all(self._meeting.gather(is_whole, what)):
+            if not all(self._meeting.gather(f"{path.name}/whole", is_whole)):
                 shutil.rmtree(partial, ignore_errors=True)  # on every rank: the folder may not be one that all share
-        except PeerError as error:  # the training thread meets the same, and says it
-            self._troubles.append(f"{what} was not written: {error}")
+        except Exception as error:  # of a peer that left, the training thread says it too
+            said = str(error) if isinstance(error, PeerError) else one_line(error)
+            self._troubles.append(f"{what} was not written, the one before it stays: {said}")
 
     def _has_trouble(self, told: Sequence[Mapping[str, Any]], what: str) -> bool:
         problems = [f"rank {rank}: {each['problem']}" for rank, each in enumerate(told) if each["problem"]]
