@@ -649,6 +649,23 @@ def test_gradients_that_a_loop_keeps_stay_what_they_were() -> None:
     assert run(2, keeping) == [0.0, 0.0]
 
 
+def late_for_the_next_block(world: World) -> int:
+    """Rank 0 comes to the second block when the other has waited for longer than it takes to look at the board."""
+    model = nn.Linear(4, 1)
+    optimizer = sgd(model)
+    steps = 0
+    for _ in range(2):
+        with LocalSGD(model, optimizer, Constant(8, 2), world=world) as sync:
+            train(sync, 4)
+            steps += sync.local_step
+        time.sleep(2.5 if world.rank == 0 else 0.0)
+    return steps
+
+
+def test_a_block_begins_anew_whatever_was_said_at_the_end_of_another() -> None:
+    assert run(2, late_for_the_next_block) == [8, 8]
+
+
 def test_a_mistake_in_a_test_of_ranks_is_seen() -> None:
     with pytest.raises(RankError, match="assert 1 == 2"):
         run(2, wrong)

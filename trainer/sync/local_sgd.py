@@ -173,6 +173,7 @@ class LocalSGD:
         if self._inside:
             raise RuntimeError("LocalSGD is entered already: leave its `with` block before the next one begins")
         self._inside = True
+        self.world.board.begin()
         try:
             self._compare_settings()
             self._rate.open()
