@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         NormTest,
         Policy,
         PostLocal,
+        ScaledGradients,
         SelSync,
         register,
     )
@@ -60,6 +61,7 @@ _HOMES = {
     "PostLocal": "policies",
     "QSR": "policies",
     "register": "policies",
+    "ScaledGradients": "policies",
     "SelSync": "policies",
     "SWAP": "policies",
     "share_out": "data.partition",
@@ -90,6 +92,7 @@ __all__ = [
     "Plan",
     "Policy",
     "PostLocal",
+    "ScaledGradients",
     "SelSync",
     "Sharing",
     "SyncConfig",

@@ -31,6 +31,7 @@ from trainer.policies import (
     NormTest,
     Policy,
     PostLocal,
+    ScaledGradients,
     SelSync,
 )
 from trainer.policies import constants as autopilots
@@ -154,13 +155,28 @@ def test_what_was_not_measured_moves_no_plan_and_the_record_says_so(kind: type[P
 @pytest.mark.parametrize(
     ("rule", "expected"),
     # noise 300 on a base of 100 samples: (300 / 100 + 1) / (300 / 400 + 1) = 4 / 1.75
-    [("none", 1.0), ("linear", 4.0), ("sqrt", 2.0), ("gain", 4 / 1.75)],
+    [("none", 1.0), ("linear", 4.0), ("sqrt", 2.0), ("gain", 4 / 1.75), ("norm", math.sqrt(4 / 1.75))],
 )
 def test_rate_rules(rule: Any, expected: float) -> None:
     assert scaling(rule, 4.0, 100.0, 300.0) == pytest.approx(expected)
     assert scaling("gain", 4.0, 100.0, math.nan) == 2.0
     assert scaling("gain", 4.0, 100.0, 1e9) == pytest.approx(4.0)
     assert scaling("gain", 4.0, 100.0, 1e-9) == pytest.approx(1.0)
+    assert scaling("norm", 4.0, 100.0, math.nan) == 1.0
+    assert scaling("norm", 4.0, 100.0, 1e9) == pytest.approx(2.0)  # the root of B / b
+
+
+def test_scaled_gradients_are_as_long_as_a_small_batchs() -> None:
+    """Gradients with ‖G‖² = 2 and a noise scale of 300: E‖g_b‖² = 2 (1 + 300 / b)."""
+    policy = ScaledGradients(small=Plan(50, 1), large=Plan(200, 1), lr_ramp_samples=0)
+    controller = Controller(policy)
+    assert (controller.plan, controller.lr_scale(0)) == (Plan(200, 1), 1.0)
+    controller.observe(Observation(round=1, samples=4_000, ranks=2, noise_scale=300.0))
+    small, large = (2 * (1 + 300 / (2 * batch)) for batch in (50, 200))
+    assert controller.lr_scale(4_000) ** 2 * large == pytest.approx(small)
+    assert controller.plan == Plan(200, 1)
+    with pytest.raises(ConfigError, match=r"small\.batch_per_rank = 64: must be at most large"):
+        ScaledGradients(small=Plan(64, 1), large=Plan(32, 1))
 
 
 # ---- autopilot

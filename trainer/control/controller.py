@@ -115,7 +115,10 @@ def scaling(rule: LrScaling, ratio: float, base_samples: float, noise_scale: flo
 
     gain: of AdaScale (Johnson et al. 2020, arXiv 2007.05105), (φ / B₀ + 1) / (φ / B + 1) with the noise scale φ;
     1 for no noise, `ratio` for nothing but noise. Until φ is known it is sqrt's.
+    norm: its square root, by which a gradient is as long as the base's in the mean; 1 until φ is known.
     """
+    if rule == "norm":
+        return math.sqrt(scaling("gain", ratio, base_samples, noise_scale)) if noise_scale > 0 else 1.0
     if rule == "gain" and noise_scale > 0:
         return (noise_scale / base_samples + 1) / (noise_scale / (base_samples * ratio) + 1)
     return {"none": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio), "gain": math.sqrt(ratio)}[rule]

@@ -6,6 +6,7 @@ from trainer.policies.batches import BatchGrowth, NoiseScale, NormTest
 from trainer.policies.compose import Compose
 from trainer.policies.periods import FDA, QSR, AdaptivePeriod, SelSync
 from trainer.policies.phased import SWAP, Alternating, Constant, Cycle, PostLocal
+from trainer.policies.scaled import ScaledGradients
 
 __all__ = [
     "FDA",
@@ -24,6 +25,7 @@ __all__ = [
     "NormTest",
     "Policy",
     "PostLocal",
+    "ScaledGradients",
     "SelSync",
     "policy_class",
     "policy_name",

@@ -12,7 +12,7 @@ from trainer.errors import ConfigError, import_object, require, require_at_least
 from trainer.fields import nearest, require_types
 from trainer.plan import Decision, Memory, Observation, Plan
 
-LrScaling = Literal["none", "linear", "sqrt", "gain"]
+LrScaling = Literal["none", "linear", "sqrt", "gain", "norm"]
 Length = int | float
 """Samples over all ranks: a whole number, or a share of the run's samples above 0 and below 1."""
 
@@ -27,8 +27,8 @@ class Policy(ABC):
     """
 
     lr_scaling: LrScaling = "none"
-    """How the learning rate follows the per-rank batch: none, linear (Goyal et al. 2017), sqrt, or the gain that the
-    noise scale allows (AdaScale, Johnson et al. 2020)."""
+    """How the learning rate follows the per-rank batch: none, linear (Goyal et al. 2017), sqrt, the gain that the noise
+    scale allows (AdaScale, Johnson et al. 2020), or norm, its square root."""
     lr_ramp_samples: int = 5_000
     """Samples (over all ranks) over which the learning rate ramps up after every rise of its scale."""
 
