@@ -17,6 +17,8 @@ settle() {
   DEVICES=${DEVICES:-${SLURM_GPUS_ON_NODE:-1}}
   [[ $DEVICES =~ ^[1-9][0-9]*$ ]] || fail "DEVICES = $DEVICES: give the number of ranks a node"
   local threads=$((${SLURM_CPUS_ON_NODE:-1} / DEVICES))
+  # else a restarted rank finds Gloo addresses of the start before it in the agent's store, and every restart is burned
+  export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 1 ? threads : 1))}
   # a step does not take over the job's cores a task by itself since Slurm 22.05
   [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK

@@ -254,3 +254,27 @@ def test_one_ranks_failure_ends_the_others_at_once() -> None:
     with pytest.raises(RankError, match=r"dataset\[5\] raised OSError") as raised:
         run(2, lone_failure, timeout_s=60)
     assert "a peer went away" in str(raised.value)
+
+
+def rates_with_a_loader(world: World) -> list[float]:
+    """The rates of updates with a DataLoader's batches of 32 where the Plan has 8, and with the Plan's own."""
+    model = nn.Linear(3, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    seen: list[float] = []
+    data = torch.utils.data.TensorDataset(torch.randn(64, 3))
+    with warnings.catch_warnings(), LocalSGD(model, optimizer, Constant(8, 2, lr_scaling="sqrt"), world=world) as sync:
+        warnings.simplefilter("ignore")
+        optimizer.register_step_pre_hook(lambda *_: seen.append(optimizer.param_groups[0]["lr"]))
+        for source in (torch.utils.data.DataLoader(data, 32), data):
+            for (x,) in sync.batches(source):
+                optimizer.zero_grad()
+                loss = sync.model(x).square().mean()
+                loss.backward()
+                optimizer.step()
+                sync.step(loss)
+    return sorted(set(seen))
+
+
+def test_the_rate_follows_the_batch_that_is_trained() -> None:
+    for rates in run(2, rates_with_a_loader):
+        assert rates == pytest.approx([0.1, 0.2])

@@ -85,9 +85,16 @@ class Controller:
         share = min(1.0, (samples - self._ramp_at) / ramp)
         return self._ramp_from + share * (target - self._ramp_from)
 
+    def batch_factor(self, batch: float) -> float:
+        """Factor on `lr_scale` where this batch a rank is trained in place of the Plan's."""
+        return self._scaling(batch) / self._scaling(self.plan.batch_per_rank)
+
     def _target(self) -> float:
-        batch, base = self.plan.batch_per_rank, self.policy.base_plan().batch_per_rank
-        return self.plan.lr_scale * scaling(self.policy.lr_scaling, batch / base, base * self._ranks, self._noise)
+        return self.plan.lr_scale * self._scaling(self.plan.batch_per_rank)
+
+    def _scaling(self, batch: float) -> float:
+        base = self.policy.base_plan().batch_per_rank
+        return scaling(self.policy.lr_scaling, batch / base, base * self._ranks, self._noise)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that later decisions depend on; JSON values."""

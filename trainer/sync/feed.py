@@ -110,7 +110,7 @@ class Feed:
         self._open: list[Cursor] = []
         self._pending: list[Cursor] = []
         self._taken: dict[tuple[Key, int], Sizes] = {}
-        self._weighed = self._warned = False
+        self._weighed = self._warned = self._of_loader = False
 
     # ---- what a step asks
 
@@ -123,6 +123,16 @@ class Feed:
         if not self._taken:
             return None
         return [_most(sizes) for sizes in zip(*self._taken.values(), strict=True)]
+
+    @property
+    def own_batch(self) -> float | None:
+        """Samples of the present step's batch a rank, mean over the ranks, where a DataLoader of the user's own gives
+        another than the Plan's; None where batches are the Plan's, or not known."""
+        sizes = self.step_sizes
+        if not self._of_loader or not sizes or UNKNOWN in sizes:
+            return None
+        known = [size for size in sizes if size]
+        return sum(known) / len(known) if known else None
 
     @property
     def batch_samples(self) -> int | None:
@@ -276,6 +286,7 @@ class Feed:
 
     def _hand_out(self, cursor: Cursor, sizes: Sizes) -> None:
         """Note a batch of the present step: several of one pass are added up, and what another pass left is dropped."""
+        self._of_loader = cursor.kind == "DataLoader"
         live = [(each.key, each.number) for each in self._open if each.live]
         self._taken = {each: taken for each, taken in self._taken.items() if each in live}
         before = self._taken.get((cursor.key, cursor.number), [None] * len(sizes))
@@ -437,8 +448,9 @@ class Feed:
         if not self._warned and size not in (planned, UNKNOWN):
             self._warned = True
             warnings.warn(
-                f"the DataLoader gives batches of {size} samples where the Plan has {planned}: for batches that "
-                "follow the Plan, DataLoader(dataset, batch_sampler=sync.batch_sampler(dataset))",
+                f"the DataLoader gives batches of {size} samples where the Plan has {planned}, and the learning rate "
+                "follows what is trained: for batches that follow the Plan, DataLoader(dataset, "
+                "batch_sampler=sync.batch_sampler(dataset))",
                 stacklevel=2,
             )
 

@@ -280,7 +280,8 @@ class LocalSGD:
     @property
     def lr_scale(self) -> float:
         """The factor that the next `optimizer.step()` puts on the learning rate."""
-        return self._progress.lr_scale
+        batch = self._feed.own_batch
+        return self._progress.lr_scale * (1.0 if batch is None else self.controller.batch_factor(batch))
 
     def _before_update(self, with_closure: bool) -> float:
         """The optimizer is about to step, and asks by what to scale its rate."""
