@@ -100,8 +100,8 @@ UNEQUAL = flags(
     data={"partition": "dirichlet", "alpha": 0.3, "min_samples": 20, "test_share": 0.2},
     federated={"devices": 50, "cohort": 10, "profile": "lognormal"},
     optim={"lr": 0.02, "momentum": 0.9, "nesterov": False, "schedule": "constant"},
-    eval={"every_samples": 20_000},
-    run={"samples": 600_000},
+    eval={"every_samples": 15_000},
+    run={"samples": 300_000},
 )
 
 
@@ -113,7 +113,7 @@ def constant(batch: int, steps: int, **more: Any) -> list[str]:
 def phases(**more: Any) -> list[str]:
     """Small and large batches in turn."""
     small, large = {"batch_per_rank": 16, "sync_period_steps": 32}, {"batch_per_rank": 128, "sync_period_steps": 8}
-    named = {"name": "alternating", "lr_scaling": "sqrt", "samples_per_phase": 60_000, **more}
+    named = {"name": "alternating", "lr_scaling": "sqrt", "samples_per_phase": 30_000, **more}
     return flags(policy=named, **{"policy.small": small, "policy.large": large})
 
 
@@ -276,7 +276,7 @@ def scale() -> None:
             policy={"name": "constant", "batch_per_rank": 20, "sync_period_steps": 16 if devices == 10 else 3},
             optim={"lr": 0.02},
             eval={"every_samples": 10**9},
-            run={"samples": 60_000},
+            run={"samples": 30_000},
             task={"model": "fedavg_cnn"},
         )
         one = run(f"scale-{devices}", options, 0)["summary"]
@@ -291,7 +291,7 @@ def scale() -> None:
         policy={"name": "constant", "batch_per_rank": 20, "sync_period_steps": 0},
         optim={"lr": 0.02},
         eval={"every_samples": 10**9},
-        run={"samples": 60_000},
+        run={"samples": 30_000},
         task={"model": "fedavg_cnn"},
     )
     one = run("scale-bare", bare, 0)["summary"]
