@@ -216,9 +216,9 @@ def batches(seeds: int, names: Sequence[str]) -> None:
         summaries = [one["summary"] for one in found]
         figures = [spread([each[key] for each in summaries]) for key in ("test_accuracy", "worst_tenth_accuracy")]
         times = [spread([each["virtual_s"] for each in summaries], ".0f")]
-        times += [spread([reached(one, goal) for one in found], ".0f") for goal in (0.80, GOAL)]
+        times += [spread([reached(one, goal) for one in found], ".0f") for goal in (0.70, 0.75)]
         rows.append([name, *figures, *times, str(seeds)])
-    head = ("Plan", "test accuracy", "worst tenth", "virtual s in all", "to 0.80", "to 0.85", "seeds")
+    head = ("Plan", "test accuracy", "worst tenth", "virtual s in all", "to 0.70", "to 0.75", "seeds")
     table("Batches on unequal devices, Dirichlet 0.3, 50 devices", head, rows)
 
 
@@ -230,7 +230,8 @@ def waiting(seeds: int) -> None:
     rows = []
     for name, options in WAITING.items():
         place = flags(federated={"profile": str(profile)})
-        asked = [*UNEQUAL, *constant(32, 32), *place, *options]
+        longer = flags(run={"samples": 900_000}, eval={"every_samples": 30_000})
+        asked = [*UNEQUAL, *constant(16, 32), *place, *longer, *options]
         found = [run(f"waiting-{name}", asked, seed) for seed in range(seeds)]
         accuracy = spread([one["summary"]["test_accuracy"] for one in found])
         worst = spread([one["summary"]["worst_tenth_accuracy"] for one in found])
