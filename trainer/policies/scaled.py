@@ -26,6 +26,7 @@ class ScaledGradients(Policy):
     large: Plan = Plan(256, sync_period_steps=1)
     """The large batch's Plan, for the whole run."""
     lr_scaling: LrScaling = "norm"
+    """How the rate follows the large batch: by s, which is `norm`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
