@@ -101,6 +101,18 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
     )
 
 
+def a_round(sync: LocalSGD, data: Any) -> list[Any]:
+    """This rank's devices of one round; what the controller heard."""
+    told: list[Any] = []
+    for x, y in sync.batches(data):
+        sync.optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(sync.model(x), y)
+        loss.backward()
+        sync.optimizer.step()
+        told += sync.step(loss)
+    return told
+
+
 def trained(
     world: World,
     settings: dict[str, Any],
@@ -236,12 +248,7 @@ def large_batch(world: World) -> tuple[torch.Tensor, torch.Tensor]:
     with LocalSGD(model, optimizer, policy, world=world, devices=Devices(shards)) as sync:
         reference.load_state_dict(model.state_dict())
         for _ in range(4):
-            for inputs, labels in sync.batches(data):
-                optimizer.zero_grad()
-                loss = nn.functional.cross_entropy(sync.model(inputs), labels)
-                loss.backward()
-                optimizer.step()
-                sync.step(loss)
+            a_round(sync, data)
     plain = torch.optim.SGD(reference.parameters(), lr=0.1)
     for _ in range(4):
         plain.zero_grad()
@@ -312,12 +319,7 @@ def few_reports(world: World) -> tuple[bool, list[int]]:
     with LocalSGD(model, optimizer, Constant(Plan(8)), world=world, devices=Devices(shards, **settings)) as sync:
         for _ in range(8):
             before = [tensor.clone() for tensor in model.state_dict().values()]
-            for x, y in sync.batches(data):
-                optimizer.zero_grad()
-                loss = nn.functional.cross_entropy(sync.model(x), y)
-                loss.backward()
-                optimizer.step()
-                told += sync.step(loss)
+            told += a_round(sync, data)
             same = all(map(torch.equal, before, model.state_dict().values()))
             kept.append(same == (not told[-1].devices.heard))
     return all(kept), [len(each.devices.heard) for each in told]
@@ -401,12 +403,7 @@ def stored(world: World) -> list[bool]:
         for _ in range(2):
             with sync:
                 for _ in range(3):
-                    for x, y in sync.batches(data):
-                        optimizer.zero_grad()
-                        loss = nn.functional.cross_entropy(sync.model(x), y)
-                        loss.backward()
-                        optimizer.step()
-                        sync.step(loss)
+                    a_round(sync, data)
         results.append(model.last.weight.detach().clone())
         state = sync.state_dict()["devices"]["rule"]
         found.append(len(state["own"]) > 0 and any(bool(flat.any()) for flat in state["common"]))

@@ -56,14 +56,14 @@ class Host:
         replica: what is trained.
         notes: on gradients.
         via: collectives of all ranks.
-        keeps_buffers: floating-point buffers are recalibrated, so that devices' own are dropped.
+        recalibrates: floating-point buffers are recalibrated, so that devices' own are dropped.
     """
 
     def __init__(
-        self, devices: Devices, replica: Replica, notes: GradientNotes, via: Collectives, *, keeps_buffers: bool
+        self, devices: Devices, replica: Replica, notes: GradientNotes, via: Collectives, *, recalibrates: bool
     ) -> None:
         self.devices, self.config = devices, devices.config
-        self._replica, self._notes, self._via, self._keeps_buffers = replica, notes, via, keeps_buffers
+        self._replica, self._notes, self._via, self._recalibrates = replica, notes, via, recalibrates
         count = self.config.devices or 0
         self.mine = list(range(via.rank, count, via.size))
         """Numbers of the devices that this rank hosts."""
@@ -306,7 +306,7 @@ class Host:
             self._held[visit.draw] = visit, moved
         else:
             self._add(heard, moved, sq_norm, far[0])
-        if not self._keeps_buffers and heard is not None:
+        if not self._recalibrates and heard is not None:
             for name, tensor in self._live_buffers().items():
                 self._add_buffer(name, tensor, heard.weight)
 
@@ -405,7 +405,7 @@ class Host:
     def _mean_buffers(self) -> None:
         """Floating-point buffers become the devices' weighted mean on every rank, and counters the largest; under
         recalibration they stay."""
-        if not self._buffer_sums or self._keeps_buffers:
+        if not self._buffer_sums or self._recalibrates:
             return
         total = self._via.sum_numbers([self._gathered.weight])[0]
         if not total:

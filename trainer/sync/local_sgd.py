@@ -135,7 +135,7 @@ class LocalSGD:
         if self.devices is not None:
             recalibrates = self.settings.batch_norm == "recalibrate"
             hosting = self.devices, self.replica, self._progress.notes, self.collectives
-            self._host = Host(*hosting, keeps_buffers=recalibrates)
+            self._host = Host(*hosting, recalibrates=recalibrates)
         self._early = EarlyEnd(self.replica, self._progress.notes, self.collectives)
         self._timetable = Timetable(self._averager, self.settings, self._told, self._progress)
         averaging = self.replica, self._averager, self._timetable, self._gradients
