@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from trainer.config.federated import FederatedConfig
     from trainer.config.sync import SyncConfig
     from trainer.data.partition import Sharing, share_out
+    from trainer.distributed.members import Members
+    from trainer.distributed.world import World
     from trainer.federated.devices import Devices
     from trainer.plan import Decision, Observation, Plan
     from trainer.policies import (
@@ -53,6 +55,7 @@ _HOMES = {
     "FDA": "policies",
     "FederatedConfig": "config.federated",
     "LocalSGD": "sync.local_sgd",
+    "Members": "distributed.members",
     "NoiseScale": "policies",
     "NormTest": "policies",
     "Observation": "plan",
@@ -68,6 +71,7 @@ _HOMES = {
     "Sharing": "data.partition",
     "SyncConfig": "config.sync",
     "train": "train",
+    "World": "distributed.world",
 }
 
 __all__ = [
@@ -86,6 +90,7 @@ __all__ = [
     "Devices",
     "FederatedConfig",
     "LocalSGD",
+    "Members",
     "NoiseScale",
     "NormTest",
     "Observation",
@@ -96,6 +101,7 @@ __all__ = [
     "SelSync",
     "Sharing",
     "SyncConfig",
+    "World",
     "__version__",
     "register",
     "share_out",

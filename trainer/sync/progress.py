@@ -158,6 +158,14 @@ class Progress:
         self.wish = self.wish if self.wish == STOP else 0.0
         return report
 
+    def go_on(self, local_step: int, rounds: int) -> None:
+        """Be at another rank's place, between two rounds, in another world."""
+        self.local_step, self.rounds, self.round_steps, self.updates = local_step, rounds, 0, 0
+        self.transfer_s = math.nan
+        self.wish = self.wish if self.wish == STOP else 0.0
+        self.ledger.begin(self._clock.read(), self._collectives.sent_bytes)
+        self.notes.begin_world(alone=self._collectives.size == 1 and not self.by_devices)
+
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint."""
         return {
