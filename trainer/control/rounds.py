@@ -123,8 +123,8 @@ class Rounds:
         seen = replace(seen, ran=sent.phase.plan, progress=progress, test_accuracy=self.accuracy, **known)
         self._agreed_samples = seen.samples
         self.stopping = self.stopping or total.most["wish"] >= STOP
-        self.saving = self.saving or total.most["wish"] == SAVE
-        self.admitting = self.admitting or total.most["wish"] >= ADMIT
+        self.saving = self.saving or SAVE <= total.most["wish"] < STOP
+        self.admitting = self.admitting or total.most["wish"] % 1 == ADMIT
         self._told.append(Told(seen, sent.phase, int(total.most["in_a_row"]), tuple(total.left_out), devices))
 
     def decide(self) -> list[Round]:

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from trainer.config.federated import check_federated, device_plan
 from trainer.config.sync import SyncConfig, check_plans, check_scaler, sync_config_of
 from trainer.control.controller import Controller
-from trainer.control.reports import ADMIT, SAVE, STOP, Total
+from trainer.control.reports import SAVE, STOP, Total
 from trainer.control.rounds import Round, Rounds
 from trainer.data.planned import PlannedBatches, Uneven
 from trainer.distributed.board import told
@@ -483,8 +483,8 @@ class LocalSGD:
 
     def _step(self, loss: torch.Tensor, count: int, *, skipped: bool, correct: torch.Tensor | None) -> list[Round]:
         self.clock.overlap_ends()
-        if self._elastic is not None and self._elastic.admits:
-            self._progress.wish = max(self._progress.wish, ADMIT)
+        if self._elastic is not None:
+            self._progress.admits = self._elastic.admits
         if skipped and self._gradients.on:
             self._gradients.forget()
         self._gradients.join()  # a rank that had nothing to train takes part all the same

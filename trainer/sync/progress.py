@@ -12,7 +12,7 @@ import torch
 from torch.optim import Optimizer
 
 from trainer.config.sync import SyncConfig
-from trainer.control.reports import STOP, Report
+from trainer.control.reports import ADMIT, STOP, Report
 from trainer.control.rounds import Rounds
 from trainer.distributed.clock import Clock
 from trainer.distributed.collectives import Collectives
@@ -70,6 +70,8 @@ class Progress:
         """Seconds that this rank's latest transfer took; NaN before the first."""
         self.wish = 0.0
         """What this rank was asked for, and has not told the others."""
+        self.admits = False
+        """This rank knows of a newcomer."""
         self.by_devices = by_devices
         self.ledger = Ledger(device)
         self.notes = GradientNotes(device, settings.observe_steps, alone=collectives.size == 1 and not by_devices)
@@ -140,7 +142,7 @@ class Progress:
         sample, norm = self._replica.sample(self.rounds) if averages == "gradients" and world.size > 1 else (0.0, 0.0)
         report = replace(
             self.place(),
-            wish=self.wish,
+            wish=self.wish + (ADMIT if self.admits else 0.0),
             state_layout=self._replica.state_layout(),
             changed=self._replica.changed(),
             sample=sample,
