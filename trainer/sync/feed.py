@@ -15,7 +15,7 @@ from trainer.data.device_data import DeviceData, DeviceItems, DevicePictures
 from trainer.data.nested import put
 from trainer.data.planned import PlannedBatches, Uneven, count_steps, length_of, shard_sizes, step_sizes
 from trainer.data.reading import Collate
-from trainer.data.supply import UNKNOWN, Place, PlannedLoader, Supply, open_supply
+from trainer.data.supply import UNKNOWN, Place, PlannedLoader, Supply, open_supply, refuse_what_is_no_data_set
 from trainer.distributed.clock import Clock
 from trainer.distributed.collectives import Collectives
 from trainer.errors import ConfigError, DataError, MismatchError, require
@@ -154,6 +154,11 @@ class Feed:
         """This rank has no data of its own for the present step, which must change nothing."""
         return bool(self._taken) and self.batch_samples == 0
 
+    @property
+    def handed_out(self) -> bool:
+        """A batch was handed out whose step is not counted yet."""
+        return bool(self._taken)
+
     def end_step(self) -> None:
         """A local step was counted."""
         self._taken = {}
@@ -178,6 +183,10 @@ class Feed:
             self.told.total_samples = options.samples
         if self._host is not None:
             host = self._host
+            if options.seed:
+                raise ConfigError(
+                    f"seed = {options.seed}: devices have orders of their own; Devices(..., seed=) has it"
+                )
             return Batches(lambda: self._device_rounds(host, data, options), lambda: None)
         if isinstance(data, ShardStream):
             total = options.samples
@@ -188,6 +197,10 @@ class Feed:
 
     def batch_sampler(self, data: Any, seed: int) -> PlannedBatches:
         """Lists of indices for a DataLoader of a user's own."""
+        if self._host is not None:
+            raise ConfigError(
+                "sync.batch_sampler: devices read their shards one after another; take sync.batches(dataset)"
+            )
         return PlannedBatches(
             length_of(data),
             self.via.rank,
@@ -245,11 +258,14 @@ class Feed:
                 )
 
     def _device_items(self, data: Any, options: Options) -> DeviceData:
+        refuse_what_is_no_data_set(data)
         if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
             raise ConfigError(
                 f"data = {type(data).__name__}: devices need a data set with a length and items by index; "
                 "their shards are indices of it"
             )
+        assert self._host is not None
+        self._host.devices.require_within(len(data))
         return DeviceItems(data, self.via.world.device, options.collate_fn, options.workers)
 
     def _passes(self, data: Any, options: Options) -> Iterator[Any]:
