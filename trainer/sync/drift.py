@@ -40,6 +40,8 @@ class Reach:
         groups = len(self._optimizer.param_groups)
         self.begun = False
         self.moved = [0.0] * groups
+        self.steps = [0.0] * groups
+        """The same in steps, whatever the rate is."""
         self._momentum: list[float | None] = [None] * groups
 
     def step(self, factor: float) -> None:
@@ -54,14 +56,16 @@ class Reach:
                 self._momentum[number] = fresh
                 step = step + momentum * fresh if group["nesterov"] else fresh
             self.moved[number] += float(group["lr"]) * factor * step
+            self.steps[number] += step
 
     def state(self) -> list[Any]:
         """For a checkpoint."""
-        return [list(self.moved), list(self._momentum), self.begun]
+        return [list(self.moved), list(self.steps), list(self._momentum), self.begun]
 
     def restore(self, state: Sequence[Any]) -> None:
         """Go on from a checkpoint."""
-        self.moved, self._momentum, self.begun = list(state[0]), list(state[1]), bool(state[2])
+        self.moved, self.steps, self._momentum = (list(each) for each in state[:3])
+        self.begun = bool(state[3])
 
 
 class DeviceStore:

@@ -6,7 +6,7 @@ import math
 import random
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,6 +31,24 @@ INTERCHANGEABLE = {"fedavg", "fedprox", "fednova"}
 """Rules that keep nothing between rounds."""
 
 
+class Reached(NamedTuple):
+    """How far a device's optimizer reached."""
+
+    far: float
+    """The rate times the steps below, of the group that reached farthest."""
+    steps: float
+
+
+@dataclass
+class Sent:
+    """What a device has sent whose model is taken in a later round."""
+
+    visit: Visit
+    moved: Flats
+    rests: Named
+    reached: Reached
+
+
 @dataclass
 class Gathered:
     """What this rank's devices have added up for one average."""
@@ -46,6 +64,17 @@ class Gathered:
     """Of the devices' shares in the objective."""
     reach: float = 0.0
     """Of how far optimizers reached, times the weights."""
+    steps: float = 0.0
+    """Of the same in steps, times the weights."""
+
+    def add(self, weight: float, scale: float, sq_norm: float, share: float, reached: Reached) -> None:
+        """One device more."""
+        self.weight += weight
+        self.scaled += weight * scale
+        self.sq_norms += weight * scale**2 * sq_norm
+        self.share += share
+        self.reach += weight * reached.far
+        self.steps += weight * reached.steps
 
 
 class Host:
@@ -79,8 +108,8 @@ class Host:
         self.left_out: list[int] = []
         """This rank's devices of the latest round whose models were not finite."""
         self._turn, self._steps = 0, 0
-        self._held: dict[int, tuple[Visit, Flats, Named]] = {}
-        """What devices have sent whose models are taken in a later round, by draw."""
+        self._held: dict[int, Sent] = {}
+        """By draw."""
         self._before: dict[str, Any] = {}
         """The rounds as they were before the open one."""
         self._rates: list[float] | None = None
@@ -88,7 +117,7 @@ class Host:
         self._reach = Reach(replica.optimizer, 0.0)
         self._cohorts: Cohorts | None = None
         self._rule: Drift | None = None
-        self._share, self._gain = 0.0, 1.0
+        self._share, self._gain, self._reach_steps = 0.0, 1.0, math.nan
         self._round_from = 0
 
     # ---- before the first round
@@ -351,6 +380,7 @@ class Host:
         fleet, reached = self.cohorts.fleet, self._reach.moved
         self.rule.end(visit.device, fleet.share(visit.device), moved, self._by_group(reached))
         far = max(reached)  # groups' rates are in the same proportion on every device
+        own = Reached(far, max(self._reach.steps))
         if self.rule.normalises and far:
             moved = [part / far for part in moved]
             sq_norm /= far**2
@@ -361,20 +391,16 @@ class Host:
         )
         rests = self._rests.taken()
         if heard is None:
-            self._held[visit.draw] = visit, moved, rests
+            self._held[visit.draw] = Sent(visit, moved, rests, own)
         else:
-            self._add(heard, moved, rests, sq_norm, far)
+            self._add(heard, moved, rests, sq_norm, own)
 
-    def _add(self, heard: Heard, moved: Flats, rests: Named, sq_norm: float, far: float) -> None:
+    def _add(self, heard: Heard, moved: Flats, rests: Named, sq_norm: float, reached: Reached) -> None:
         gathered = self._gathered
         self._rests.add(rests, heard.weight, heard.scale)
         for sums, part in zip(gathered.sums, moved, strict=True):
             sums.add_(part, alpha=heard.weight * heard.scale)
-        gathered.weight += heard.weight
-        gathered.scaled += heard.weight * heard.scale
-        gathered.sq_norms += heard.weight * heard.scale**2 * sq_norm
-        gathered.share += self.cohorts.fleet.share(heard.device)
-        gathered.reach += heard.weight * far
+        gathered.add(heard.weight, heard.scale, sq_norm, self.cohorts.fleet.share(heard.device), reached)
 
     def _by_group(self, values: list[float]) -> float | Flats:
         """A number for every parameter, from one for each parameter group."""
@@ -402,8 +428,9 @@ class Host:
         assert self.round is not None
         for heard in self.round.heard:
             if heard.draw in self._held:
-                _, moved, rests = self._held[heard.draw]
-                self._add(heard, moved, rests, math.fsum(float(torch.dot(part, part)) for part in moved), 0.0)
+                sent = self._held[heard.draw]
+                sq_norm = math.fsum(float(torch.dot(part, part)) for part in sent.moved)
+                self._add(heard, sent.moved, sent.rests, sq_norm, sent.reached)
         self._refuse_moved()
         gathered = self._gathered
         self._share, tau = self._agree(gathered)
@@ -442,11 +469,11 @@ class Host:
             )
 
     def _agree(self, gathered: Gathered) -> tuple[float, float]:
-        """What all ranks' devices have together, where the rule asks: their share of the objective, and by how much the
-        mean of normalised displacements is to be multiplied."""
-        if self.config.rule not in ("fednova", "feddyn"):
-            return 0.0, 1.0
-        weight, share, reach = self._via.sum_numbers([gathered.weight, gathered.share, gathered.reach])
+        """What all ranks' devices have together: their share of the objective, and by how much the mean of normalised
+        displacements is to be multiplied."""
+        mine = [gathered.weight, gathered.share, gathered.reach, gathered.steps]
+        weight, share, reach, steps = self._via.sum_numbers(mine)
+        self._reach_steps = steps / weight if weight else math.nan
         return share, reach / weight if self.rule.normalises and weight else 1.0
 
     def _compare_ranks(self) -> int:
@@ -492,7 +519,8 @@ class Host:
             "compute_s": self.round.compute_s,
             "slowest_compute_s": self.round.slowest_compute_s,
             "transfer_s": self.round.transfer_s,
-            "sync_wait_s": 0.0,
+            "sync_wait_s": max(0.0, self.round.ended_s - self.round.began_s - self.round.slowest_compute_s),
+            "reach_steps": self._reach_steps,
         }
 
     @torch.no_grad()
@@ -536,12 +564,18 @@ class Host:
             "cohorts": self.cohorts.state_dict(),
             "rule": self.rule.state_dict(),
             "ever": sorted(self.ever),
-            "held": {str(draw): [asdict(visit), moved, rests] for draw, (visit, moved, rests) in self._held.items()},
+            "held": {
+                str(draw): [asdict(sent.visit), sent.moved, sent.rests, [*sent.reached]]
+                for draw, sent in self._held.items()
+            },
             "round": None,
             "about": {"rule": self.config.rule, "sizes": list(self.cohorts.fleet.sizes)},
         }
         if self.round is not None:
-            kept = {name: getattr(self._gathered, name) for name in ("weight", "scaled", "sq_norms", "share", "reach")}
+            kept = {
+                name: getattr(self._gathered, name)
+                for name in ("weight", "scaled", "sq_norms", "share", "reach", "steps")
+            }
             state["round"] = {
                 "round": asdict(self.round),
                 "turn": [self._turn, self._steps, self._round_from],
@@ -566,8 +600,13 @@ class Host:
         self.rule.load_state_dict(state["rule"])
         self.ever = set(state["ever"])
         self._held = {
-            int(draw): (Visit(**visit), [part.to(sums) for part, sums in zip(moved, self._sums, strict=True)], rests)
-            for draw, (visit, moved, rests) in state["held"].items()
+            int(draw): Sent(
+                Visit(**visit),
+                [part.to(sums) for part, sums in zip(moved, self._sums, strict=True)],
+                rests,
+                Reached(*reached),
+            )
+            for draw, (visit, moved, rests, reached) in state["held"].items()
         }
         saved = state["round"]
         self.round = None
