@@ -127,6 +127,7 @@ BATCHES = {
     "batch by speed: 32, 32 steps": [*constant(32, 32, lr_scale=2**0.5), *flags(federated={"batch": "speed"})],
     "noise_scale": flags(policy={"name": "noise_scale"}),
     "autopilot": flags(policy={"name": "autopilot"}),
+    "autopilot from batch 16": flags(policy={"name": "autopilot", "batch_per_rank": 16}),
 }
 WAITING = {
     "rounds that wait": [],

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import asdict, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from trainer.federated.devices import Devices
 from trainer.federated.profiles import Profile
 from trainer.plan import Plan
 from trainer.sync.drift import RULES, Drift, Flats, Reach
+from trainer.sync.gathered import Gathered, Reached, Sent
 from trainer.sync.gradient_notes import GradientNotes
 from trainer.sync.replica import Replica
 from trainer.sync.rests import Named, Rests
@@ -29,52 +30,6 @@ from trainer.sync.rests import Named, Rests
 STEP_BETWEEN = "a scheduler steps within a round; call scheduler.step() where sync.between_rounds is true"
 INTERCHANGEABLE = {"fedavg", "fedprox", "fednova"}
 """Rules that keep nothing between rounds."""
-
-
-class Reached(NamedTuple):
-    """How far a device's optimizer reached."""
-
-    far: float
-    """The rate times the steps below, of the group that reached farthest."""
-    steps: float
-
-
-@dataclass
-class Sent:
-    """What a device has sent whose model is taken in a later round."""
-
-    visit: Visit
-    moved: Flats
-    rests: Named
-    reached: Reached
-
-
-@dataclass
-class Gathered:
-    """What this rank's devices have added up for one average."""
-
-    sums: Flats
-    """Of displacements, each times its weight and scale; of models under fedasync."""
-    weight: float = 0.0
-    scaled: float = 0.0
-    """Of weights times scales."""
-    sq_norms: float = 0.0
-    """Of the squared norms of what was added, times the weights."""
-    share: float = 0.0
-    """Of the devices' shares in the objective."""
-    reach: float = 0.0
-    """Of how far optimizers reached, times the weights."""
-    steps: float = 0.0
-    """Of the same in steps, times the weights."""
-
-    def add(self, weight: float, scale: float, sq_norm: float, share: float, reached: Reached) -> None:
-        """One device more."""
-        self.weight += weight
-        self.scaled += weight * scale
-        self.sq_norms += weight * scale**2 * sq_norm
-        self.share += share
-        self.reach += weight * reached.far
-        self.steps += weight * reached.steps
 
 
 class Host:
@@ -603,7 +558,7 @@ class Host:
             int(draw): Sent(
                 Visit(**visit),
                 [part.to(sums) for part, sums in zip(moved, self._sums, strict=True)],
-                rests,
+                {name: tensor.to(self._start[0].device) for name, tensor in rests.items()},
                 Reached(*reached),
             )
             for draw, (visit, moved, rests, reached) in state["held"].items()

@@ -60,8 +60,8 @@ class Rests:
         self._require_shapes()
         for name, tensor in self._known().items():
             if name in self._sums:
-                moved = _is_float(tensor) and not self._mixes
-                found[name] = tensor - self._start[name] if moved else tensor.clone()
+                kind, moved = self._sums[name].dtype, _is_float(tensor) and not self._mixes
+                found[name] = tensor.to(kind) - self._start[name] if moved else tensor.to(kind, copy=True)
         return found
 
     def add(self, taken: Named, weight: float, scale: float) -> None:
@@ -134,7 +134,7 @@ class Rests:
         """Go on from a checkpoint, once the model is loaded."""
         live = self._live()
         self._start = {name: saved.to(live[name]) for name, saved in state["start"].items()}
-        self._sums = {name: saved.to(live[name]) for name, saved in state["sums"].items()}
+        self._sums = {name: saved.to(live[name].device) for name, saved in state["sums"].items()}
         self._weights = {name: (weights, scaled) for name, (weights, scaled) in state["weights"].items()}
 
 
@@ -144,7 +144,9 @@ def _is_float(tensor: torch.Tensor) -> bool:
 
 def _nothing(tensor: torch.Tensor) -> torch.Tensor:
     """What a sum, or a largest value, begins from."""
-    if _is_float(tensor) or tensor.dtype == torch.bool:
+    if _is_float(tensor):
+        return torch.zeros_like(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
+    if tensor.dtype == torch.bool:
         return torch.zeros_like(tensor)
     return torch.full_like(tensor, torch.iinfo(tensor.dtype).min)
 
