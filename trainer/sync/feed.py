@@ -111,6 +111,8 @@ class Feed:
         self._pending: list[Cursor] = []
         self._taken: dict[tuple[Key, int], Sizes] = {}
         self._weighed = self._warned = self._of_loader = False
+        self._reader: tuple[Any, Options, DeviceItems] | None = None
+        """Of devices' samples: the data and options that it was made for, and the reader."""
 
     # ---- what a step asks
 
@@ -266,7 +268,20 @@ class Feed:
             )
         assert self._host is not None
         self._host.devices.require_within(len(data))
-        return DeviceItems(data, self.via.world.device, options.collate_fn, options.workers)
+        if self._reader is not None:
+            of, by, reader = self._reader
+            if of is data and (by.collate_fn, by.workers) == (options.collate_fn, options.workers):
+                return reader
+            self.close()
+        reader = DeviceItems(data, self.via.world.device, options.collate_fn, options.workers)
+        self._reader = data, options, reader
+        return reader
+
+    def close(self) -> None:
+        """End processes that read devices' samples."""
+        if self._reader is not None:
+            self._reader[-1].close()
+            self._reader = None
 
     def _passes(self, data: Any, options: Options) -> Iterator[Any]:
         """One pass, or as many as `samples` asks for."""

@@ -230,6 +230,7 @@ class LocalSGD:
         if error is not None:
             self.world.board.say(told(error))
         self._abandon()
+        self._feed.close()
         self.clock.stop()
         self._averager.close()
         self._gradients.take_off()
