@@ -128,6 +128,9 @@ BATCHES = {
     "noise_scale": flags(policy={"name": "noise_scale"}),
     "autopilot": flags(policy={"name": "autopilot"}),
     "autopilot from batch 16": flags(policy={"name": "autopilot", "batch_per_rank": 16}),
+    "autopilot from batch 16, bound 0.016": flags(
+        policy={"name": "autopilot", "batch_per_rank": 16, "max_divergence": 0.016}
+    ),
 }
 WAITING = {
     "rounds that wait": [],

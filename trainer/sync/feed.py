@@ -256,7 +256,7 @@ class Feed:
             if lone == MOST_LONE_ROUNDS:
                 raise ConfigError(
                     f"min_reports: too few devices reported in {lone} rounds in a row, up to round "
-                    f"{self.progress.rounds}; raise deadline_s, or lower min_reports"
+                    f"{self.progress.rounds}; raise deadline_s or availability, or lower min_reports"
                 )
 
     def _device_items(self, data: Any, options: Options) -> DeviceData:
