@@ -103,7 +103,10 @@ class Observation:
     delay_steps: int = 0
     """Local steps between sending the observed round's replicas and taking their average."""
     ranks: int = 0
-    """Ranks that train."""
+    """Ranks that train; of federated devices those that were heard."""
+    reach_steps: float = math.nan
+    """How far a device's optimizer reached in the round, in steps of its rate, mean by weight: with momentum farther
+    than its local steps. NaN without federated devices."""
     steps: int = 0
     """Local steps since the last observation."""
     progress: float = math.nan

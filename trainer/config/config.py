@@ -118,7 +118,7 @@ class DataConfig:
         require_at_least(self, 0, "workers", "crop_padding")
         require_at_least(self, 1, "image_size", "train_limit", "test_limit", "classes_per_device", "min_samples")
         require("alpha", self.alpha, self.alpha > 0, "must be above 0")
-        require("test_share", self.test_share, 0 <= self.test_share < 1, "must be in 0 .. 1")
+        require("test_share", self.test_share, 0 <= self.test_share < 1, "must be 0 or more, and below 1")
         named = (self.partition == "file") == (self.partition_file is not None)
         require("partition_file", self.partition_file, named, "goes with data.partition = file, and only with it")
 

@@ -75,7 +75,7 @@ def open_supply(data: Any, place: Place, *, collate: Collate | None, workers: in
         _own_loader_takes_no("collate_fn", collate is not None)
         _own_loader_takes_no("workers", workers > 0)
         return PlannedLoader(data) if isinstance(data.batch_sampler, PlannedBatches) else LoaderSupply(data)
-    _refuse_what_is_no_data_set(data)
+    refuse_what_is_no_data_set(data)
     streams = isinstance(data, IterableDataset) or not (hasattr(data, "__getitem__") and hasattr(data, "__len__"))
     if not streams:
         return MapSupply(data, place, collate, workers, shard)
@@ -92,7 +92,12 @@ def _own_loader_takes_no(name: str, given: bool) -> None:
         raise ConfigError(f"{name}: a DataLoader has its own; set it there")
 
 
-def _refuse_what_is_no_data_set(data: Any) -> None:
+def refuse_what_is_no_data_set(data: Any) -> None:
+    """Refuse what would be taken for samples and is none.
+
+    Raises:
+        ConfigError: names the kind, and what to pass.
+    """
     if isinstance(data, Mapping | str | bytes):
         raise ConfigError(f"dataset = a {type(data).__name__}: pass a data set whose items are samples")
     pair = isinstance(data, tuple) and 1 < len(data) <= 4 and all(isinstance(each, torch.Tensor) for each in data)

@@ -281,6 +281,8 @@ class Run:
             self._records.event("too few reports: the model is kept", round=seen.round, local_step=seen.local_step)
         if ended.left_out:
             self._records.event("left out", ranks=list(ended.left_out), local_step=seen.local_step)
+        if ended.devices is not None and ended.devices.left_out:
+            self._records.event("left out", devices=list(ended.devices.left_out), local_step=seen.local_step)
         if ended.next_phase is not None:
             self._enter(ended.next_phase)
         if ended.skipped_in_a_row >= self._config.step.max_skipped_steps:

@@ -15,7 +15,7 @@ from trainer.data.device_data import DeviceData, DeviceItems, DevicePictures
 from trainer.data.nested import put
 from trainer.data.planned import PlannedBatches, Uneven, count_steps, length_of, shard_sizes, step_sizes
 from trainer.data.reading import Collate
-from trainer.data.supply import UNKNOWN, Place, PlannedLoader, Supply, open_supply
+from trainer.data.supply import UNKNOWN, Place, PlannedLoader, Supply, open_supply, refuse_what_is_no_data_set
 from trainer.distributed.clock import Clock
 from trainer.distributed.collectives import Collectives
 from trainer.errors import ConfigError, DataError, MismatchError, PeerError, require
@@ -126,6 +126,8 @@ class Feed:
         """Counts the worlds that this feed has served; a pass of an earlier one is begun anew."""
         self.on_failure: Callable[[PeerError], bool] | None = None
         """Mends what fails because a peer has gone; true: this rank owes the others a step. None: it is raised."""
+        self._reader: tuple[Any, Options, DeviceItems] | None = None
+        """Of devices' samples: the data and options that it was made for, and the reader."""
 
     # ---- what a step asks
 
@@ -169,6 +171,11 @@ class Feed:
         """This rank has no data of its own for the present step, which must change nothing."""
         return bool(self._taken) and self.batch_samples == 0
 
+    @property
+    def handed_out(self) -> bool:
+        """A batch was handed out whose step is not counted yet."""
+        return bool(self._taken)
+
     def end_step(self) -> None:
         """A local step was counted."""
         self._taken = {}
@@ -193,6 +200,10 @@ class Feed:
             self.told.total_samples = options.samples
         if self._host is not None:
             host = self._host
+            if options.seed:
+                raise ConfigError(
+                    f"seed = {options.seed}: devices have orders of their own; Devices(..., seed=) has it"
+                )
             return Batches(lambda: self._device_rounds(host, data, options), lambda: None)
         if isinstance(data, ShardStream):
             total = options.samples
@@ -203,6 +214,10 @@ class Feed:
 
     def batch_sampler(self, data: Any, seed: int) -> PlannedBatches:
         """Lists of indices for a DataLoader of a user's own."""
+        if self._host is not None:
+            raise ConfigError(
+                "sync.batch_sampler: devices read their shards one after another; take sync.batches(dataset)"
+            )
         return PlannedBatches(
             length_of(data),
             self.via.rank,
@@ -260,16 +275,32 @@ class Feed:
             if lone == MOST_LONE_ROUNDS:
                 raise ConfigError(
                     f"min_reports: too few devices reported in {lone} rounds in a row, up to round "
-                    f"{self.progress.rounds}; raise deadline_s, or lower min_reports"
+                    f"{self.progress.rounds}; raise deadline_s or availability, or lower min_reports"
                 )
 
     def _device_items(self, data: Any, options: Options) -> DeviceData:
+        refuse_what_is_no_data_set(data)
         if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
             raise ConfigError(
                 f"data = {type(data).__name__}: devices need a data set with a length and items by index; "
                 "their shards are indices of it"
             )
-        return DeviceItems(data, self.via.world.device, options.collate_fn, options.workers)
+        assert self._host is not None
+        self._host.devices.require_within(len(data))
+        if self._reader is not None:
+            of, by, reader = self._reader
+            if of is data and (by.collate_fn, by.workers) == (options.collate_fn, options.workers):
+                return reader
+            self.close()
+        reader = DeviceItems(data, self.via.world.device, options.collate_fn, options.workers)
+        self._reader = data, options, reader
+        return reader
+
+    def close(self) -> None:
+        """End processes that read devices' samples."""
+        if self._reader is not None:
+            self._reader[-1].close()
+            self._reader = None
 
     def _passes(self, data: Any, options: Options) -> Iterator[Any]:
         """One pass, or as many as `samples` asks for."""

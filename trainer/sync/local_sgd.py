@@ -218,6 +218,9 @@ class LocalSGD:
             MismatchError: names the field, and every rank's value.
         """
         facts = {"policy": self.controller.policy, "settings": self.settings, "plan": self.plan}
+        facts = {f"{name} of LocalSGD": value for name, value in facts.items()}
+        if self.devices is not None:
+            facts |= self.devices.alike()
         mine = {name: re.sub(r" at 0x[0-9a-f]+", "", repr(value)) for name, value in facts.items()}
         digests = self.collectives.gather({"digest": zlib.crc32(repr(mine).encode())})
         if len({rank["digest"] for rank in digests}) == 1:
@@ -225,7 +228,7 @@ class LocalSGD:
         everyone = self.collectives.gather_objects(mine)
         name = next(name for name in mine if len({theirs[name] for theirs in everyone}) > 1)
         sides = ", ".join(f"{theirs[name]} on rank {rank}" for rank, theirs in enumerate(everyone))
-        raise MismatchError(f"the {name} of LocalSGD is {sides}; give all ranks the same")
+        raise MismatchError(f"the {name} is {sides}; give all ranks the same")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -248,12 +251,21 @@ class LocalSGD:
             self.world.board.say(told(error))
         if self.world.members is not None:
             self.world.members.leave("ended its loop" if error is None else told(error))
+        self._abandon()
+        self._feed.close()
         self.clock.stop()
         self._averager.close()
         self._gradients.take_off()
         self._rate.close()
         self.replica.release()
         self._inside = False
+
+    def _abandon(self) -> None:
+        """Drop an open round of devices, as if it had not begun."""
+        began = None if self._host is None else self._host.abandon()
+        if began is not None:
+            self._progress.drop_round(began)
+            self._feed.end_step()
 
     def _require_inside(self, what: str) -> None:
         if not self._inside:
@@ -381,7 +393,10 @@ class LocalSGD:
 
     def passes(self, data: Any, *, seed: int = 0, shard: bool = True) -> int:
         """Passes over such a data set (of one kind, length and seed) that are over; one that a checkpoint interrupted
-        is not. The arguments are those of `batches`."""
+        is not. The arguments are those of `batches`. With devices a call of `batches` is a round, and these are the
+        rounds that are over."""
+        if self._host is not None:
+            return self.rounds
         return self._feed.passes(data, Options(seed=seed, shard=shard))
 
     def no_sync(self) -> AbstractContextManager[None]:
@@ -447,6 +462,11 @@ class LocalSGD:
             PeerError: a peer left.
         """
         self._require_inside("step")
+        if self._host is not None and not self._feed.handed_out:
+            raise ConfigError(
+                "sync.step: with devices each call is for one batch of sync.batches(dataset), which goes through this "
+                "rank's devices in turn; take batches from there, and call sync.step once for each"
+            )
         count, mean = self._counted(samples), _one_number(loss)
         if self._feed.idle:
             mean, count, correct, right = torch.zeros_like(mean), 0, None, None
@@ -465,6 +485,12 @@ class LocalSGD:
                 warnings.warn(
                     f"round {each.seen.round}: the replica of rank {', '.join(map(str, each.left_out))} held values "
                     "that are not finite; it was left out of the average, and took the others'",
+                    stacklevel=2,
+                )
+            if each.devices is not None and each.devices.left_out:
+                warnings.warn(
+                    f"round {each.seen.round}: the model of device {', '.join(map(str, each.devices.left_out))} held "
+                    "values that are not finite; it was left out of the average",
                     stacklevel=2,
                 )
         return heard
@@ -517,7 +543,7 @@ class LocalSGD:
         With devices an open round is dropped: the model is the last consensus model.
         """
         if self._host is not None:
-            self._host.abandon()
+            self._abandon()
             return []
         ended = self.settle()
         self._lasting(self._finish, again=True)
@@ -701,6 +727,8 @@ class LocalSGD:
         self._early.forget()
         self._transition.relayout(plan)
         self._timetable.layout_mended()
+        if self._host is not None:
+            self._host.relayout()
 
     def rewrap(self) -> None:
         """Begin gradient averaging afresh where it is on, as a run resumed from here does."""
@@ -820,6 +848,8 @@ class LocalSGD:
 
     def state_dict(self) -> dict[str, Any]:
         """The place within round and phase, for a checkpoint; model and optimizer are saved by their owners."""
+        if self._host is not None and not self._host.is_open:
+            raise RuntimeError("sync.state_dict was called before its block: with devices, call it inside or after")
         return {
             "ranks": self.world.size,
             "progress": self._progress.state_dict(),
@@ -847,6 +877,9 @@ class LocalSGD:
             raise ConfigError(
                 f"state of LocalSGD is of {state['ranks']} ranks, and there are {self.world.size}: start as many"
             )
+        if (self._host is None) != (state["devices"] is None):
+            sides = ("devices", "none") if self._host is None else ("no devices", "some")
+            raise ConfigError(f"state of LocalSGD is of {sides[0]}, and there are {sides[1]}: give LocalSGD the same")
         self._progress.load_state_dict(state["progress"])
         if self.replica.load_state_dict(state["replica"]):
             self._averager.retake()
@@ -869,7 +902,15 @@ class LocalSGD:
 
         Args:
             saved: rank 0's `state_dict()` of the ranks that wrote it.
+
+        Raises:
+            ConfigError: there are devices, whose data and state are private to the rank that hosts them.
         """
+        if self._host is not None:
+            raise ConfigError(
+                f"state of LocalSGD is of {saved['ranks']} ranks, and there are {self.world.size}: devices stay with "
+                "the rank that hosts them; start as many"
+            )
         self.load_state_dict(regrouped(self.state_dict(), saved))
         self.replica.remember_rests()
         self._early.begin_round(self.plan)

@@ -113,6 +113,12 @@ class Progress:
         self.rounds += 1
         self.round_steps = 0
 
+    def drop_round(self, local_step: int) -> None:
+        """The open round did not begin; it would have after this local step."""
+        self.local_step, self.round_steps, self.updates = local_step, 0, 0
+        self.ledger.begin(self._clock.read(), self._collectives.sent_bytes)
+        self.notes.begin()
+
     def place(self) -> Report:
         """This rank's report as it is now, which ranks compare and weigh an average by."""
         plan, times, optimizer = self.plan, self._clock.read(), self._replica.optimizer
