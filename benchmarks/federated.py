@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -151,9 +152,12 @@ def run(name: str, options: Sequence[str], seed: int) -> dict[str, Any]:
         place = flags(run={"root": folder, "name": "run", "seed": seed})
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         began = time.time()
-        done = subprocess.run([*command, *COMMON, *options, *place], env=environment, check=False)
-        if done.returncode:
-            raise SystemExit(f"{name}, seed {seed}: the run ended with exit code {done.returncode}")
+        done = subprocess.run(
+            [*command, *COMMON, *options, *place], env=environment, stderr=subprocess.PIPE, text=True, check=False
+        )
+        diverged = "no finite loss and gradient" in done.stderr
+        if done.returncode and not diverged:
+            raise SystemExit(f"{name}, seed {seed}: exit code {done.returncode}: {done.stderr[-2_000:]}")
         lines = [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
     evals = [line for line in lines if line["kind"] == "eval"]
     found = {
@@ -161,7 +165,10 @@ def run(name: str, options: Sequence[str], seed: int) -> dict[str, Any]:
         "seed": seed,
         "flags": list(options),
         "took_s": time.time() - began,
-        "summary": lines[-1],
+        "diverged": diverged,
+        "summary": dict.fromkeys(("test_accuracy", "worst_tenth_accuracy", "virtual_s"), math.nan)
+        if diverged
+        else lines[-1],
         "evals": [{key: each.get(key) for key in KEPT} for each in evals],
         **provenance(),
     }
@@ -183,6 +190,8 @@ def spread(values: Sequence[float | None], form: str = ".4f") -> str:
     known = [value for value in values if value is not None]
     if len(known) < len(values):
         return "never" if not known else f"never on {len(values) - len(known)} of {len(values)}"
+    if any(value != value for value in known):
+        return f"diverged on {sum(value != value for value in known)} of {len(known)}"
     mean = format(float(np.mean(known)), form)
     return mean if len(known) == 1 else f"{mean} ± {format(float(np.std(known, ddof=1)), form)}"
 
