@@ -7,6 +7,7 @@ import itertools
 import os
 import warnings
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -182,3 +183,30 @@ def deserted(world: World, when: int) -> None:
             if world.rank == 1 and step == when:
                 os._exit(9)
             sync.step(torch.tensor(0.0), samples=8)
+
+
+def far(world: World, settings: dict[str, Any]) -> dict[str, Any]:
+    """Rank 1 moves a thousand times as far as the others, once."""
+    model, heard = new_model(), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with LocalSGD(model, optimizer, Constant(8, 2), settings=settings) as sync:
+        for step in range(6):
+            if world.rank == 1 and step == 2:
+                with torch.no_grad():
+                    model.weight.add_(50.0)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                heard += trained(sync, world.rank, step)
+    return {"left_out": [each.left_out for each in heard], "norm": float(model.weight.detach().norm())}
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"wire_format": "int8"}, {"outer": "slowmo"}, {"delay_steps": 1}, {"fragments": 2}]
+)
+def test_a_replica_that_has_moved_too_far_is_left_out(settings: dict[str, Any]) -> None:
+    for found in run(3, far, settings | {"leave_out_above": 10.0}):
+        assert (1,) in found["left_out"]
+        assert found["norm"] < 5
+    for found in run(3, far, settings):
+        assert (1,) not in found["left_out"]
+        assert found["norm"] > 5

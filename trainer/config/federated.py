@@ -146,6 +146,7 @@ def check_federated(federated: FederatedConfig, sync: SyncConfig, plans: Sequenc
         "fragments": (sync.fragments != 1, "devices average at a round's end; set 1"),
         "node_period_steps": (sync.node_period_steps is not None, "devices are averaged over all ranks; leave it out"),
         "mixing": (sync.mixing != 1, "every device begins from the consensus model; set 1"),
+        "leave_out_above": (sync.leave_out_above is not None, "not for devices; leave it out"),
         "batch_norm": (sync.batch_norm == "keep", "a device keeps no buffers; choose average or recalibrate"),
         "state": (sync.state == "average", "a device's optimizer begins anew in every round; choose keep or reset"),
         "outer": (federated.rule == "feddyn" and sync.outer != "none", "feddyn moves the model itself; set none"),

@@ -64,6 +64,9 @@ class SyncConfig:
     observe_steps: int = 8
     """At period 1 and 0, local steps between two observations, so that small messages do not slow every step; in
     shorter rounds than that, local steps between two looks at the gradient."""
+    leave_out_above: float | None = None
+    """Leave a replica out of an average that has moved more than so many times the median of all ranks since the last
+    one; it takes the others' model. For three ranks or more; without it, only what is not finite is left out."""
     find_unused_parameters: bool = False
     """Without effect: parameters that a step leaves out need no setting."""
 
@@ -85,6 +88,9 @@ class SyncConfig:
         steps = self.delay_steps
         whole = steps == "auto" or (isinstance(steps, int) and steps >= 0)
         require("delay_steps", steps, whole, "must be 0 or more local steps, or auto")
+        most = self.leave_out_above
+        require("leave_out_above", most, most is None or most > 1, "must be above 1, in medians of all ranks")
+        require("leave_out_above", most, most is None or not levels, "not with sync.node_period_steps")
         require("mixing", self.mixing, 0 < self.mixing <= 1, "must be above 0 and at most 1")
         for name, low in (("outer_lr", 0), ("outer_momentum", -1)):
             value = getattr(self, name)
@@ -153,7 +159,7 @@ def _check_idle(settings: SyncConfig) -> None:
     """Where no parameters are averaged, nothing may be set that says how."""
     said = "averages no parameters at period 1: leave it out, or choose a policy with a longer period"
     idles = {"wire_format": "float32", "outer": "none", "delay_steps": 0, "fragments": 1, "mixing": 1.0}
-    idles["node_period_steps"] = None
+    idles |= {"node_period_steps": None, "leave_out_above": None}
     for name, idle in idles.items():
         value = getattr(settings, name)
         mend = f"{said}; gradients have sync.gradient_format" if name == "wire_format" else said

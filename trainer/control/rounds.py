@@ -28,7 +28,7 @@ class Round:
     decision: Decision
     """The policy's answer."""
     left_out: tuple[int, ...] = ()
-    """Ranks whose replicas held values that are not finite, and took the others' average."""
+    """Ranks whose replicas held values that are not finite or had moved too far, and took the others' average."""
     devices: DeviceRound | None = None
     """Which devices took part, where there are any."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -273,7 +275,7 @@ class Averager:
         before, began = via.sent_bytes, time.perf_counter()
         with nullcontext() if delayed else self._clock.waiting("sync_wait"), torch.no_grad():
             norm = sum(part.pack(delayed=delayed) for part in parts)
-            total = share(report.with_sq_norm(norm), via)
+            total = share(report.with_sq_norm(self._counting(norm, via)), via)
             weights = total.weights().tolist()
             own = weights[via.rank]
             lr = total.sums["lr"] / via.size
@@ -284,6 +286,16 @@ class Averager:
         divergence = max(0.0, total.mean_sq_norm() - mean) + total.mean_spread()
         took, sent = time.perf_counter() - began, via.sent_bytes - before
         return Arrived(total, divergence, sq_norm, took, sent)
+
+    def _counting(self, sq_norm: float, via: Collectives) -> float:
+        """The squared norm of this rank's displacement; infinite where that is too far from the others'."""
+        most = self.settings.leave_out_above
+        if most is None or via.size < 3:
+            return sq_norm
+        everyones = [each["moved"] ** 0.5 for each in via.gather({"moved": sq_norm})]
+        finite = [each for each in everyones if math.isfinite(each)]
+        far = finite and math.sqrt(max(sq_norm, 0.0)) > most * statistics.median(finite) > 0
+        return math.inf if far else sq_norm
 
     def _average_carried(
         self, carried: Carried, total: Total, weight: float, via: Collectives, *, delayed: bool

@@ -484,7 +484,7 @@ class LocalSGD:
             if each.left_out:
                 warnings.warn(
                     f"round {each.seen.round}: the replica of rank {', '.join(map(str, each.left_out))} held values "
-                    "that are not finite; it was left out of the average, and took the others'",
+                    "that are not finite or had moved too far; it was left out of the average, and took the others'",
                     stacklevel=2,
                 )
             if each.devices is not None and each.devices.left_out:

@@ -49,8 +49,9 @@ class Beside:
 class Part:
     """A fragment's stretch of one buffer, averaged by itself.
 
-    Where the wire format loses something, an outer optimizer moves the model, or only a share of the average is
-    taken, ranks send displacements from `base`, the last model that they agreed on; else they send their parameters.
+    Where the wire format loses something, an outer optimizer moves the model, only a share of the average is taken, or
+    it is asked how far each has moved, ranks send displacements from `base`, the last model that they agreed on. Else
+    they send their parameters.
     """
 
     def __init__(self, values: torch.Tensor, settings: SyncConfig, world: World, outer: Outer | None) -> None:
@@ -81,7 +82,8 @@ class Part:
         self._exchange, self._within = self._exchanges(settings)
         self._owed = self._mean = self._owed_within = self._beside = None
         lossy = self._exchange.lossy or (self._within is not None and self._within.lossy)
-        if not (lossy or settings.outer != "none" or settings.mixing < 1):
+        moved = settings.outer != "none" or settings.mixing < 1 or settings.leave_out_above is not None
+        if not (lossy or moved):
             self._base = None
         elif self._base is None:
             self._base = self.values.to(torch.promote_types(self.values.dtype, torch.float32), copy=True)
