@@ -110,6 +110,9 @@ class Observation:
     """Share of the run's samples that is trained; NaN where no end is known."""
     lr: float = math.nan
     """Learning rate of the last local step, the plan's scale included."""
+    step_response: float = 1.0
+    """Power of a gradient's length that the length of the optimizer's step goes by, tried out on a twin of it: 1 of SGD
+    (and where no twin can be made), 0 of Adam."""
     train_loss: float = math.nan
     """Mean training loss over the samples since the last observation."""
     loss_trend: float = math.nan

@@ -90,12 +90,29 @@ class Autopilot(Policy):
         return Plan(batch, CONSTANTS.probe_period, delay_steps=0, wire_format="int4", fragments=1)
 
     def _end_probe(self, seen: Observation, costs: Costs, kept: dict[str, Any], why: dict[str, Any]) -> Decision:
-        """Measure on, until what was measured can be compared."""
+        """Measure on, until what was measured can be compared.
+
+        Where local rounds fall short of averaged gradients whatever their length, period 1 is looked at first: two
+        rounds in float32 tell what it takes, since coded averages do not.
+        """
+        if costs.response < 1 and seen.ranks > 1 and seen.plan.batch_per_rank == self.batch_per_rank:
+            if "float32" not in costs.transfer_s:
+                plan = replace(seen.plan, wire_format="float32")
+                return Decision(plan, "probe float32", why, kept)
+            if seen.plan.wire_format == "float32":
+                return self._end_float32(seen, costs, kept, why)
         if seen.phase_steps < CONSTANTS.probe_steps or costs.largest_batch < seen.plan.batch_per_rank:
             return Decision(seen.plan, seen.phase_name, why, kept)
         if not costs.transfer_s and seen.ranks > 1:
             return Decision(seen.plan, seen.phase_name, why | {"held": "not measured: transfer_s"}, kept)
         return self._compare(seen, costs, kept, why, at_once=True)
+
+    def _end_float32(self, seen: Observation, costs: Costs, kept: dict[str, Any], why: dict[str, Any]) -> Decision:
+        """Go to period 1 at once if nothing is better by what is known; else measure on."""
+        best = self._compare(seen, costs, kept, why, at_once=True)
+        if best.plan.sync_period_steps == 1:
+            return best
+        return Decision(self._probe(self.batch_per_rank), "probe", why, kept)
 
     def _compare(
         self, seen: Observation, costs: Costs, kept: dict[str, Any], why: dict[str, Any], *, at_once: bool = False

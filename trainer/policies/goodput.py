@@ -74,6 +74,8 @@ class Costs:
     """The highest so far."""
     noise_scale: float = math.nan
     """In samples."""
+    response: float = 1.0
+    """As `Observation.step_response`."""
     memory_share: float = math.nan
     """Most memory ever held, of what there is,"""
     memory_batch: int = 0
@@ -106,6 +108,8 @@ class Costs:
             found = replace(found, unit_drift=CONSTANTS.mean_decay * before + (1 - CONSTANTS.mean_decay) * drift)
         if seen.noise_scale > 0:
             found = replace(found, noise_scale=seen.noise_scale)
+        if seen.step_response != self.response:
+            found = replace(found, response=seen.step_response)
         if seen.memory_share > 0:
             batch = max(self.memory_batch, ran.batch_per_rank)
             found = replace(found, memory_share=seen.memory_share, memory_batch=batch)
@@ -199,6 +203,8 @@ class Costs:
         """Seconds of a fragment's average, waited for or hidden beside training, which takes longer, since it shares
         the cores: measured, or from others by their bytes; NaN where none was seen."""
         name = sent_as(wire, fragments, hidden=hidden)
+        if name == GRADIENTS and name not in self.transfer_s:
+            name = "float32"  # as many bytes, by the same sums; lossy formats also take time to code
         return self.transfer_s.get(name) or _share(name) * self._model_s[hidden]
 
     @cached_property

@@ -50,7 +50,8 @@ def worth(plan: Plan, costs: Costs, ranks: int, base_batch: int, max_drift: floa
     """A Plan's worth by these costs.
 
     Efficiency is (φ + B₀) / (φ + B) for the batch (Pollux, after McCandlish et al. 2018) times
-    1 / (1 + d / max_drift) for a mean drift d, times the format's worth.
+    1 / (1 + d / max_drift) for a mean drift d, times the format's worth, over what steps by one rank's gradients fall
+    short of those by the mean of all (`shortfall`).
     """
     batch, period, wire = plan.batch_per_rank, plan.sync_period_steps, plan.wire_format or "float32"
     ranks, round_s = max(ranks, 1), costs.round(plan, ranks)
@@ -60,9 +61,26 @@ def worth(plan: Plan, costs: Costs, ranks: int, base_batch: int, max_drift: floa
         efficiency = (noise + ranks * base_batch) / (noise + ranks * batch)
     efficiency /= 1 + drift / max_drift
     if period > 1:
-        efficiency *= CONSTANTS.format_worth[wire]
+        efficiency *= CONSTANTS.format_worth[wire] / shortfall(batch, costs, ranks)
     shares = CONSTANTS.bytes_of_float32["float32" if period == 1 else wire] / (period * batch * ranks)
     return Worth(plan, ranks * batch * period / round_s if round_s > 0 else math.inf, efficiency, shares, drift)
+
+
+def shortfall(batch: int, costs: Costs, ranks: int) -> float:
+    """How much further along the mean gradient a step by all ranks' mean gradient goes than the mean of N ranks' steps
+    by their own.
+
+    With the noise scale φ and b samples a rank, ranks' own gradients are s times as long as their mean, where
+    s² = (1 + φ / b) / (1 + φ / (N b)). An optimizer whose steps do not grow with the gradient (Adam: it divides by the
+    root of the gradient's mean square) makes of them steps that are as long; their common part is s times shorter. SGD
+    loses nothing. In between it is s to the power 1 - p of an optimizer of response p. Without φ it is taken to be all
+    noise, s² = N.
+    """
+    if ranks <= 1 or costs.response == 1.0:
+        return 1.0
+    noise = costs.noise_scale
+    longer = (1 + noise / batch) / (1 + noise / (batch * ranks)) if noise > 0 else float(ranks)
+    return float(longer ** ((1 - costs.response) / 2))
 
 
 def drift_of(plan: Plan, costs: Costs, ranks: int) -> float:
