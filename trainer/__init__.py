@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         PostLocal,
         ScaledGradients,
         SelSync,
+        SmallBatchNoise,
         register,
     )
     from trainer.sync.local_sgd import LocalSGD
@@ -63,6 +64,7 @@ _HOMES = {
     "register": "policies",
     "ScaledGradients": "policies",
     "SelSync": "policies",
+    "SmallBatchNoise": "policies",
     "SWAP": "policies",
     "share_out": "data.partition",
     "Sharing": "data.partition",
@@ -95,6 +97,7 @@ __all__ = [
     "ScaledGradients",
     "SelSync",
     "Sharing",
+    "SmallBatchNoise",
     "SyncConfig",
     "__version__",
     "register",

@@ -33,6 +33,7 @@ from trainer.policies import (
     PostLocal,
     ScaledGradients,
     SelSync,
+    SmallBatchNoise,
 )
 from trainer.policies import constants as autopilots
 from trainer.policies.autopilot import _ranked
@@ -138,7 +139,7 @@ def test_compose_takes_the_batch_of_one_and_the_period_of_the_other() -> None:
     assert periods(plans) == [2, 4, 6, 11]
 
 
-MEASURED = {Constant, Alternating, PostLocal, BatchGrowth, SelSync, FDA}
+MEASURED = {Constant, Alternating, PostLocal, BatchGrowth, SelSync, FDA, SmallBatchNoise}
 """Policies that look at counts only, or whose signal ends rounds."""
 
 

@@ -38,6 +38,7 @@ from trainer.sync.averager import Averager, share
 from trainer.sync.consensus import consensus_model
 from trainer.sync.early_end import EarlyEnd
 from trainer.sync.feed import Batches, Feed, Options
+from trainer.sync.given_noise import GivenNoise, directions, excess
 from trainer.sync.gradient_average import GradientAverage
 from trainer.sync.host import Host, check_devices
 from trainer.sync.layout import refuse_model, refuse_optimizer
@@ -120,7 +121,8 @@ class LocalSGD:
         self.replica = Replica(model, optimizer, self.collectives, keeps_state=settings.state != "average")
         averages_gradients = [] if devices else [plan for plan in policy.plans() if plan.averages == "gradients"]
         _check_optimizer(optimizer, averages_gradients=bool(averages_gradients) and self.world.size > 1)
-        self._gradients = GradientAverage(settings.gradient_format, self.replica)
+        self._gradients, self._noise = GradientAverage(settings.gradient_format, self.replica), GivenNoise()
+        self._gradients.more = self._noise_weight
         splits = bool(averages_gradients or settings.node_period_steps == 1) and self.world.size > 1
         self.model: nn.Module = SyncedModel(model, self._gradients, splits_graphs=splits)
         """The model to call: one object for the whole run, in all phases."""
@@ -287,6 +289,11 @@ class LocalSGD:
         batch = self._feed.own_batch
         return self._progress.lr_scale * (1.0 if batch is None else self.controller.batch_factor(batch))
 
+    def _noise_weight(self, via: Collectives) -> float:
+        """What this rank's gradient counts more or less in the next mean, for the noise that the Plan asks for."""
+        much = excess(self.plan)
+        return float(directions(via.size, much, self.local_step)[via.rank]) if much > 0 else 0.0
+
     def _before_update(self, with_closure: bool) -> float:
         """The optimizer is about to step, and asks by what to scale its rate."""
         self.clock.overlap_ends()
@@ -303,6 +310,8 @@ class LocalSGD:
             every, apart = self.plan.early_end == "gradient_change", not self._timetable.are_one
             apart = apart and self._host is None  # a device's first gradient is the consensus model's
             notes.look(self.replica.parameters, self.rounds, every=every, apart=apart)
+            if not with_closure:
+                self._noise.add(self.replica.parameters, self.plan, self.local_step, self.world.rank)
         return self.lr_scale
 
     def batches(
@@ -659,6 +668,7 @@ class LocalSGD:
             "early": self._early.state_dict(),
             "averager": self._averager.state_dict(),
             "gradients": self._gradients.state_dict(),
+            "noise": self._noise.state_dict(),
             "feed": self._feed.state_dict(),
             "timetable": self._timetable.state_dict(),
             "sent_bytes": self.collectives.sent_bytes,
@@ -685,6 +695,7 @@ class LocalSGD:
         self._averager.use(self.settings.under(self.plan))
         self._averager.load_state_dict(state["averager"])
         self._gradients.load_state_dict(state["gradients"])
+        self._noise.load_state_dict(state["noise"], self.replica.parameters[0].device)
         self._early.load_state_dict(state["early"])
         self._feed.load_state_dict(state["feed"])
         self._timetable.load_state_dict(state["timetable"])
