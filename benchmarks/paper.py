@@ -6,9 +6,10 @@
 Small batches (8 a rank) and large ones (64 a rank) at period 1; the two in turn (8 at period 8, then 64 at period 1),
 for as many steps each at one learning rate (`alternating`), or seven large steps to a small one at √8 times its rate
 (`mostly_large`); and the autopilot within the same batches, as it is and with `accuracy` for its target
-(`autopilot_accurate`), on Fashion-MNIST over Gloo. `larger_batch` (128 a rank) is run to the equal samples alone, for
-what fewer updates lose where 64 a rank lose nothing. The paper reports that its technique is 32.33 (ResNet-50) and 3.74
-(VGG-11) points above small batches after the same number of iterations.
+(`autopilot_accurate`), on Fashion-MNIST over Gloo. `scaled_gradients` and `small_batch_noise` are large batches at
+period 1 whose gradients are as long as small ones', or as noisy. `larger_batch` (128 a rank) is run to the equal
+samples alone, for what fewer updates lose where 64 a rank lose nothing. The paper reports that its technique is 32.33
+(ResNet-50) and 3.74 (VGG-11) points above small batches after the same number of iterations.
 
 Every method is run once a seed, as far as any comparison needs it, and all three comparisons are read off its
 evaluation curve by linear interpolation:
@@ -25,9 +26,10 @@ models, which have trained different numbers of samples; the table says how many
 
 Learning rates: as many a method of one model (five for ResNet-50, three for VGG-11), one seed, a third of the
 iterations; the best final accuracy on the test samples wins, and the finals have other seeds. Large batches have the
-same grid times three (about √8), larger ones times two. "(edge)" marks a rate at the end of its grid. torchvision's
-own stem (`--stem torchvision`) is ResNet-50's; VGG-11 cannot take 28 pixels without the small one. A finished run is
-kept in results/paper/runs/ and skipped the next time; table and plot show what is there.
+same grid times three (about √8), larger ones times two; those that are given what small ones have, the small ones'.
+"(edge)" marks a rate at the end of its grid. torchvision's own stem (`--stem torchvision`) is ResNet-50's; VGG-11
+cannot take 28 pixels without the small one. A finished run is kept in results/paper/runs/ and skipped the next time;
+table and plot show what is there.
 """
 
 from __future__ import annotations
@@ -61,8 +63,11 @@ CONSTANT = {"small_batch": SMALL, "large_batch": LARGE, "larger_batch": 2 * LARG
 RATE_FACTORS = {"large_batch": 3, "larger_batch": 2}
 """About the square root of the batch over the smallest; but 128 a rank at four times 0.4 ends at 0.30, at two times at
 0.69, which trials of twelve steps do not tell apart."""
-METHODS = (*CONSTANT, "alternating", "mostly_large", "autopilot", "autopilot_accurate")
-COLOURS = dict(zip(METHODS, ("#0072B2", "#D55E00", "#000000", "#009E73", "#E69F00", "#CC79A7", "#56B4E9"), strict=True))
+GIVEN = ("scaled_gradients", "small_batch_noise")
+"""Policies of large batches that are given what small ones have."""
+METHODS = (*CONSTANT, "alternating", "mostly_large", "autopilot", "autopilot_accurate", *GIVEN)
+PALETTE = ("#0072B2", "#D55E00", "#000000", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#8C564B", "#7F7F7F")
+COLOURS = dict(zip(METHODS, PALETTE, strict=True))
 MODELS = ("resnet50", "vgg11")
 RATES = {"resnet50": (0.01, 0.03, 0.1, 0.2, 0.4), "vgg11": (0.01, 0.03, 0.1)}
 ANNEALED_RATES = {"resnet50": (0.1, 0.2, 0.4), "vgg11": (0.03, 0.1, 0.2)}
@@ -124,6 +129,12 @@ def plan(method: str, iterations: int, anneal: bool) -> tuple[dict[str, Any], in
         if "late-from" in policy:
             policy["late-from"] *= samples / equal
         return policy, equal, min(every, equal // 6)
+    if method in GIVEN:
+        policy = {"name": method, "lr-ramp-samples": RAMP_SAMPLES}
+        policy |= {"small.batch-per-rank": SMALL, "small.sync-period-steps": 1}
+        policy |= {"large.batch-per-rank": LARGE, "large.sync-period-steps": 1}
+        samples = max(equal, iterations * RANKS * LARGE)
+        return policy, samples, samples // 12
     if batch := CONSTANT.get(method):
         samples = equal if method == "larger_batch" else max(equal, iterations * RANKS * batch)
         return {"name": "constant", "batch-per-rank": batch, "sync-period-steps": 1}, samples, samples // 12
