@@ -1,7 +1,7 @@
 """A second task for the autopilot: a byte-level GPT under AdamW, beside DDP and constant Plans.
 
     python -m benchmarks.tasks [--rate 100mbit] [--methods ddp H4 H16 H4_outer H16_outer autopilot] [--seeds 1]
-                               [--samples 6400] [--lr 0.002 0.004 0.008]
+                               [--samples 6400] [--lr 0.001 0.002 0.004]
 
 Every run is `python -m trainer` on two hosts of their own (network namespaces, one core each), as a user starts it:
 a GPT of 445,952 parameters on the bytes of Python's own standard library (its .py files), 8 pieces of 128 bytes a rank,
@@ -35,7 +35,7 @@ from trainer.records.reader import load_run
 RESULTS = Path("benchmarks/results/tasks")
 LENGTH, WIDTH, BLOCKS, HEADS = 128, 128, 2, 4
 TEST_PIECES = 256
-SAMPLES, RATES = 6_400, (0.002, 0.004, 0.008)
+SAMPLES, RATES = 6_400, (0.001, 0.002, 0.004)
 GOAL_SHARE = 0.9
 """The loss to reach is that of the first method at this share of its samples."""
 

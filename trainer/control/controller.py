@@ -30,20 +30,24 @@ class Controller:
     """Asks the policy at round boundaries, counts phases, and scales the learning rate with the batch.
 
     Every rank runs one, on the same numbers, so all come to the same Plan without a message.
+
+    Args:
+        policy: which decides.
+        step_response: the optimizer's, as in the Observation; the first decision knows nothing else.
     """
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Policy, step_response: float = 1.0) -> None:
         self.policy = policy
         self._memory: Memory = {}
         self._begun = Observation()
         self._ranks = 1
         self._ramp_from, self._ramp_at = 1.0, 0
         self._noise = math.nan
-        self._response = 1.0
+        self._response = step_response
         self.phase = Phase(-1, "", policy.base_plan(), {})
         self.decision = Decision(self.phase.plan, "")
         """The latest."""
-        self.observe(Observation())
+        self.observe(Observation(step_response=step_response))
         self._ramp_from = self._target()  # no ramp at the start: that is the schedule's warm-up
 
     @property

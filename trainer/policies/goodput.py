@@ -18,6 +18,8 @@ from trainer.plan import Observation, Plan
 from trainer.policies.constants import CONSTANTS, GRADIENTS
 
 BESIDE = " beside"
+ALIKE = {GRADIENTS: "float32", "float32": GRADIENTS}
+"""As many bytes, by the same sums; lossy formats also take time to code."""
 LEAST_LR = 1e-12  # below it nothing moves by the rate
 DEPENDENT = 1e-10  # squared sine of an angle below which columns of points are taken for one
 
@@ -203,8 +205,8 @@ class Costs:
         """Seconds of a fragment's average, waited for or hidden beside training, which takes longer, since it shares
         the cores: measured, or from others by their bytes; NaN where none was seen."""
         name = sent_as(wire, fragments, hidden=hidden)
-        if name == GRADIENTS and name not in self.transfer_s:
-            name = "float32"  # as many bytes, by the same sums; lossy formats also take time to code
+        if name in ALIKE and name not in self.transfer_s:
+            name = ALIKE[name]
         return self.transfer_s.get(name) or _share(name) * self._model_s[hidden]
 
     @cached_property

@@ -114,7 +114,8 @@ class LocalSGD:
         self.world = world or World.current(device, group)
         self.clock = clock or Clock(device)
         self.settings = settings
-        self.controller = Controller(policy)
+        self._response = step_response(optimizer)
+        self.controller = Controller(policy, self._response)
         self.collectives = Collectives(self._levelled(self.world), self.clock, settings.bucket_bytes)
         self.world = self.collectives.world
         self._inside = False
@@ -203,8 +204,9 @@ class LocalSGD:
         """
         facts = {"policy": self.controller.policy, "settings": self.settings, "plan": self.plan}
         mine = {name: re.sub(r" at 0x[0-9a-f]+", "", repr(value)) for name, value in facts.items()}
-        hundredths = round(100 * step_response(self.optimizer))
-        packed = hundredths * 2**32 + zlib.crc32(repr(mine).encode())  # one number, which a float holds exactly
+        packed = round(100 * self._response) * 2**32 + zlib.crc32(
+            repr(mine).encode()
+        )  # one number, which a float holds exactly
         everyones = [divmod(rank["packed"], 2**32) for rank in self.collectives.gather({"packed": packed})]
         self._told.step_response = min(response for response, _ in everyones) / 100
         if len({digest for _, digest in everyones}) == 1:
