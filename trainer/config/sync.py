@@ -141,8 +141,8 @@ def check_plans(settings: SyncConfig, plans: Sequence[Plan]) -> None:
     """
     for plan in plans:
         settings.under(plan)  # refuses what the plan's own settings make impossible
-        fits = plan.noise_batch is None or plan.sync_period_steps != 1 or settings.gradient_format != "powersgd"
-        mend = "keeps what it loses, given noise too: choose float32 or bf16, or no noise_batch at period 1"
+        fits = plan.noise_batch is None or settings.gradient_format != "powersgd"
+        mend = "keeps what it loses, given noise too: choose float32 or bf16, or plans without noise_batch"
         require("gradient_format", settings.gradient_format, fits, mend)
     long = [plan for plan in plans if plan.sync_period_steps > 1]
     if not long:
