@@ -403,13 +403,13 @@ def test_the_length_of_a_step_follows_its_gradients_by_a_power_of_the_optimizers
 
 
 def test_local_steps_of_adam_fall_short_of_those_by_the_mean_gradient() -> None:
-    """A noise scale of 96 and two ranks of 32: gradients are sqrt((1 + 3) / (1 + 1.5)) as long as their mean."""
-    costs = Costs(step_s={"32 0 0": 1.0}, transfer_s={"float32": 1.0, "gradients": 1.0}, noise_scale=96.0, response=0.0)
-    local, averaged = (worth(Plan(32, period), costs, 2, 32, 0.004).efficiency for period in (4, 1))
-    assert (local, averaged) == (pytest.approx(1 / math.sqrt(4 / 2.5)), 1.0)
-    assert worth(Plan(32, 4), replace(costs, noise_scale=math.nan), 2, 32, 0.004).efficiency == pytest.approx(0.5**0.5)
-    assert worth(Plan(32, 4), replace(costs, response=1.0), 2, 32, 0.004).efficiency == 1.0
-    assert worth(Plan(32, 4), costs, 1, 32, 0.004).efficiency == 1.0, "one rank has nobody to fall short of"
+    """What N ranks' steps have in common is the root of N times shorter, where steps do not follow the gradient."""
+    costs = Costs(step_s={"32 0 0": 1.0}, transfer_s={"float32": 1.0, "gradients": 1.0}, response=0.0)
+    by_ranks = {ranks: worth(Plan(32, 4), costs, ranks, 32, 0.004).efficiency for ranks in (1, 2, 4)}
+    assert by_ranks == {1: 1.0, 2: pytest.approx(0.5**0.5), 4: pytest.approx(0.5)}
+    assert worth(Plan(32, 1), costs, 4, 32, 0.004).efficiency == 1.0
+    assert worth(Plan(32, 4), replace(costs, response=0.5), 4, 32, 0.004).efficiency == pytest.approx(0.5**0.5)
+    assert worth(Plan(32, 4), replace(costs, response=1.0), 4, 32, 0.004).efficiency == 1.0
 
 
 @pytest.mark.parametrize(

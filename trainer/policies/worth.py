@@ -61,26 +61,25 @@ def worth(plan: Plan, costs: Costs, ranks: int, base_batch: int, max_drift: floa
         efficiency = (noise + ranks * base_batch) / (noise + ranks * batch)
     efficiency /= 1 + drift / max_drift
     if period > 1:
-        efficiency *= CONSTANTS.format_worth[wire] / shortfall(batch, costs, ranks)
+        efficiency *= CONSTANTS.format_worth[wire] / shortfall(costs, ranks)
     shares = CONSTANTS.bytes_of_float32["float32" if period == 1 else wire] / (period * batch * ranks)
     return Worth(plan, ranks * batch * period / round_s if round_s > 0 else math.inf, efficiency, shares, drift)
 
 
-def shortfall(batch: int, costs: Costs, ranks: int) -> float:
+def shortfall(costs: Costs, ranks: int) -> float:
     """How much further along the mean gradient a step by all ranks' mean gradient goes than the mean of N ranks' steps
     by their own.
 
-    With the noise scale φ and b samples a rank, ranks' own gradients are s times as long as their mean, where
-    s² = (1 + φ / b) / (1 + φ / (N b)). An optimizer whose steps do not grow with the gradient (Adam: it divides by the
-    root of the gradient's mean square) makes of them steps that are as long; their common part is s times shorter. SGD
-    loses nothing. In between it is s to the power 1 - p of an optimizer of response p. Without φ it is taken to be all
-    noise, s² = N.
+    An optimizer whose steps do not grow with the gradient (Adam: it divides each value by the root of its mean square)
+    goes as far by a gradient of noise as by one of signal. Where values are mostly noise, ranks' own are √N times as
+    large as their mean's, and the common part of their steps is √N times shorter. SGD loses nothing. In between it is
+    √N to the power 1 - p of an optimizer of response p.
+
+    The noise scale would allow less where the gradient is long, but it tells of the few values that make it long, and
+    Adam weighs all alike. Two ranks of a GPT, whose noise scale gives 1.2, had mean displacements that were 1.17, 1.33
+    and 1.41 times shorter than averaged gradients' early, in the middle and late in a run (in rounds of 8).
     """
-    if ranks <= 1 or costs.response == 1.0:
-        return 1.0
-    noise = costs.noise_scale
-    longer = (1 + noise / batch) / (1 + noise / (batch * ranks)) if noise > 0 else float(ranks)
-    return float(longer ** ((1 - costs.response) / 2))
+    return float(max(ranks, 1) ** ((1 - costs.response) / 2))
 
 
 def drift_of(plan: Plan, costs: Costs, ranks: int) -> float:
