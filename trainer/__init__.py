@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from trainer.config.federated import FederatedConfig
     from trainer.config.sync import SyncConfig
     from trainer.data.partition import Sharing, share_out
+    from trainer.distributed.members import Members
+    from trainer.distributed.world import World
     from trainer.federated.devices import Devices
     from trainer.plan import Decision, Observation, Plan
     from trainer.policies import (
@@ -54,6 +56,7 @@ _HOMES = {
     "FDA": "policies",
     "FederatedConfig": "config.federated",
     "LocalSGD": "sync.local_sgd",
+    "Members": "distributed.members",
     "NoiseScale": "policies",
     "NormTest": "policies",
     "Observation": "plan",
@@ -70,6 +73,7 @@ _HOMES = {
     "Sharing": "data.partition",
     "SyncConfig": "config.sync",
     "train": "train",
+    "World": "distributed.world",
 }
 
 __all__ = [
@@ -88,6 +92,7 @@ __all__ = [
     "Devices",
     "FederatedConfig",
     "LocalSGD",
+    "Members",
     "NoiseScale",
     "NormTest",
     "Observation",
@@ -99,6 +104,7 @@ __all__ = [
     "Sharing",
     "SmallBatchNoise",
     "SyncConfig",
+    "World",
     "__version__",
     "register",
     "share_out",

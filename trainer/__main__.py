@@ -11,7 +11,6 @@ from pathlib import Path
 
 from trainer.cli import guarded, leave
 from trainer.config import recipes
-from trainer.distributed.launcher import read_launch
 
 
 def main(argv: Sequence[str]) -> int:
@@ -26,7 +25,7 @@ def _train(argv: Sequence[str]) -> int:
     summary = train(config)
     if summary is None:
         return 1
-    if read_launch().rank == 0:
+    if summary["rank"] == 0:
         speedup = summary["scaling_speedup"]
         print(
             f"done: test accuracy {summary['test_accuracy']:.4f}, {summary['samples']:,} samples in "

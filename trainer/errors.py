@@ -19,6 +19,10 @@ class DataError(RuntimeError):
     """Data that could not be read. Its text is one line: the item, the cause."""
 
 
+class TooFewError(PeerError):
+    """Fewer ranks are left than the run may have, or the store that they meet at is gone."""
+
+
 class MismatchError(RuntimeError):
     """Ranks that disagree about what they are doing: names both sides."""
 

@@ -109,7 +109,10 @@ class Observation:
     delay_steps: int = 0
     """Local steps between sending the observed round's replicas and taking their average."""
     ranks: int = 0
-    """Ranks that train."""
+    """Ranks that train; of federated devices those that were heard."""
+    reach_steps: float = math.nan
+    """How far a device's optimizer reached in the round, in steps of its rate, mean by weight: with momentum farther
+    than its local steps. NaN without federated devices."""
     steps: int = 0
     """Local steps since the last observation."""
     progress: float = math.nan
@@ -118,7 +121,7 @@ class Observation:
     """Learning rate of the last local step, the plan's scale included."""
     step_response: float = 1.0
     """Power of a gradient's length that the length of the optimizer's step goes by, tried out on a twin of it: 1 of SGD
-    (and where no twin can be made), 0 of Adam."""
+    (and where no twin can be made, and with devices), 0 of Adam."""
     train_loss: float = math.nan
     """Mean training loss over the samples since the last observation."""
     loss_trend: float = math.nan

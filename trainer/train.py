@@ -17,7 +17,8 @@ def train(config: Config) -> Summary | None:
     """Train one run; every rank of the world calls this with the same configuration.
 
     Returns:
-        The end's figures, as in summary.json; None where the run was told to stop and wrote a checkpoint instead.
+        The end's figures, as in summary.json, and this rank; None where the run was told to stop and wrote a checkpoint
+        instead.
 
     Raises:
         ConfigError: a configuration that cannot hold; most of these come before any process group exists.
@@ -26,21 +27,24 @@ def train(config: Config) -> Summary | None:
         FloatingPointError: too many steps in a row without a finite loss.
     """
     job = Job.open(config.named())
-    with open_world(config.world) as world:
-        compare_ranks(world, digest(job.config))
-        summary = train_in(world, job)
-    if summary is not None and world.rank == 0 and job.config.record.report:
+    mine = digest(job.config)
+    with open_world(config.world, mine) as world:
+        compare_ranks(world, mine)
+        rank, summary = train_in(world, job)
+    if summary is not None and rank == 0 and job.config.record.report:
         draw_report(job)
-    return summary
+    return None if summary is None else {**summary, "rank": rank}
 
 
-def train_in(world: World, job: Job) -> Summary | None:
-    """The loop itself, in a world that is open."""
+def train_in(world: World, job: Job) -> tuple[int, Summary | None]:
+    """The loop itself, in a world that is open; this rank as it is in the end, and the end's figures."""
     config = job.config
     model, step = job.build(world)
     optimizer = build_optimizer(config.optim, model.parameters(), fused=may_fuse(model, step.scaler))
     stream = ShardStream(job.shard, config.data, world, config.run.seed)
-    alone = job.alone or measure_alone(config, step.loss, model, stream, world)
+    alone = job.alone
+    if alone is None and config.world.elastic is None:  # else all would measure at once, and disturb one another
+        alone = measure_alone(config, step.loss, model, stream, world)
     source, devices = job.source(stream, world)
 
     settings, policy = config.sync, config.policy
@@ -48,13 +52,15 @@ def train_in(world: World, job: Job) -> Summary | None:
         LocalSGD(model, optimizer, policy, settings=settings, world=world, scaler=step.scaler, devices=devices) as sync,
         Run(job, sync, step, source, alone) as run,
     ):
+        run.catch_up()
         for inputs, labels in sync.batches(source, config.run.samples):
             set_learning_rate(optimizer, run.rate())
             trained = step(sync, inputs, labels)
             run.record(sync.step(trained.loss, skipped=trained.skipped, correct=trained.correct))
+            run.follow()
             run.evaluate_if_due()
             run.save_if_due()
         if not sync.stopping:
-            return run.end()
+            return sync.world.rank, run.end()
         run.stop()
-        return None
+        return sync.world.rank, None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -66,6 +67,20 @@ def test_signalled_job_requeues_itself_and_resumes_exactly(
     (resumed,) = [event for event in records(run, "event") if event["what"] == "resumed"]
     assert 0 < resumed["local_step"] < json.loads((run / "summary.json").read_text())["local_steps"]
     assert_same_model(run, plain)
+
+
+def test_an_elastic_job_goes_on_without_a_rank_that_is_killed(slurm: Env, recipe: Path, tmp_path: Path) -> None:
+    script = ("launch/slurm/elastic.sbatch", recipe, "--run.root", tmp_path, "--run.samples", "12000")
+    done = command("sbatch", "--parsable", "--nodes=2", f"--output={tmp_path}/%j.out", *script, env=slurm)
+    assert done.returncode == 0, done.stderr
+    job = done.stdout.strip()
+    run = tmp_path / f"small-{job}"
+    wait_until(lambda: bool(records(run, "round")[2:]), "the third round")
+    os.kill(json.loads((run / "lock").read_text())["pid"], signal.SIGKILL)
+    await_end(slurm, job, tmp_path)
+    (change,) = [event for event in records(run, "event") if event["what"] == "regrouped"]
+    assert change["ranks"] == 1
+    assert json.loads((run / "summary.json").read_text())["samples"] >= 12_000
 
 
 def test_array_over_world_sizes_ends_in_one_report(slurm: Env, tmp_path: Path) -> None:

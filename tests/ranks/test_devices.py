@@ -421,7 +421,7 @@ def own_shards(world: World) -> torch.Tensor:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     devices = Devices(mine, devices=5, cohort=3)
     with LocalSGD(model, optimizer, Constant(Plan(8)), world=world, devices=devices) as sync:
-        for x, y in sync.batches(data, samples=300, workers=1):
+        for x, y in sync.batches(torch.utils.data.Subset(data, range(240)), samples=300, workers=1):
             loss = nn.functional.cross_entropy(sync.model(x), y)
             optimizer.zero_grad()
             loss.backward()

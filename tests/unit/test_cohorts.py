@@ -96,6 +96,12 @@ def test_batch_by_speed_and_epochs() -> None:
     assert batch_sizes(21, 10) == (10, 6, 5)  # no batch of one sample
     assert (batch_sizes(5, 10), batch_sizes(3, 1), batch_sizes(1, 4)) == ((5,), (1, 1, 1), (1,))
     assert samples_in(21, 10, 5) == 37
+    assert (batch_sizes(7, 2), batch_sizes(8, 2)) == ((2, 2, 3), (2, 2, 2, 2))
+    slow = Fleet(FederatedConfig(devices=2, batch="speed", local_epochs=2), (7, 7), profile(70.0, 1.0), 0, 0)
+    assert [(each.batch, each.steps) for each in (slow.visit(device, 0, Plan(4), 100.0) for device in (0, 1))] == [
+        (2, 6),
+        (2, 6),
+    ]
 
 
 def test_transfers_cost_what_the_link_carries() -> None:
@@ -137,7 +143,7 @@ def test_asynchronous_rounds_resume_exactly() -> None:
 
 def test_profiles_are_read_and_refused_in_one_line(tmp_path: Path) -> None:
     file = tmp_path / "profile.csv"
-    file.write_text("samples_per_s,availability\n10,0.5\n20,1\n")
+    file.write_text("\ufeffsamples_per_s,availability\n10,0.5\n20,1\n")  # as spreadsheets write it
     found = Profile.of(str(file), 2, 0)
     assert found.samples_per_s.tolist() == [10, 20]
     assert found.up_bits_per_s.tolist() == [10e6, 10e6]
@@ -147,8 +153,10 @@ def test_profiles_are_read_and_refused_in_one_line(tmp_path: Path) -> None:
         ("samples_per_s\n0\n", "samples_per_s of device 0 is '0'; must be a number above 0"),
         ("speed\n1\n", "has a column 'speed'"),
         ("availability\n2\n", "availability of device 0 is above 1"),
+        ("samples_per_s\n1,5\n", "the row of device 0 has more values than there are columns"),
+        ("samples_per_s\n1\n\udcff", "is no CSV file of UTF-8 text"),
     ):
-        file.write_text(text)
+        file.write_bytes(text.encode(errors="surrogateescape"))
         with pytest.raises(ConfigError, match=said):
             Profile.of(str(file), 1, 0)
     with pytest.raises(ConfigError, match="choose equal, lognormal or a CSV file"):

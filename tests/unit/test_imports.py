@@ -18,7 +18,7 @@ LAYERS = [
     {"sync", "records"},
     {"report"},
     {"loop"},
-    {"train", "replay"},
+    {"train", "replay", "store"},
     {"__main__"},
 ]
 """Rooms of the package from the ground up; those of one row do not know one another."""

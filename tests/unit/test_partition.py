@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch.utils.data import Subset, TensorDataset
 
 from trainer.data import Sharing, held_out, keys_of, labels_of, share_out
+from trainer.data.partition import PARTITIONERS
 from trainer.errors import ConfigError
 
 LABELLED = ("iid", "dirichlet", "dirichlet_device", "classes", "shards", "quantity")
@@ -149,6 +150,12 @@ def test_fewest_samples_are_made_up_and_the_sizes_that_are_reachable_are_said() 
         ("classes", {"labels": np.arange(100) % 10, "classes_per_device": 2}, "cannot hold 10 classes"),
         ("shards", {"labels": np.arange(100) % 10, "classes_per_device": 26}, "at most 25 pieces"),
         ("dirichlet", {"labels": np.arange(100) % 10, "alpha": 0.0}, "alpha = 0.0: must be above 0"),
+        ("dirichlet", {"labels": np.arange(100) % 10, "alpha": np.inf}, "alpha = inf: must be above 0"),
+        ("iid", {"labels": np.arange(99)}, r"labels of shape \(99,\): give one class for each of the 100 samples"),
+        ("iid", {"labels": np.eye(100)}, r"labels of shape \(100, 100\)"),
+        ("iid", {"labels": np.linspace(0, 1, 100)}, "labels of float64: a class is a whole number or a name"),
+        ("iid", {"keys": ["a"] * 7}, "keys: there are 7 for 100 samples"),
+        ("iid", {"seed": -1}, "seed = -1: must be a whole number, 0 or more"),
         ("dirichle", {}, r"did you mean dirichlet\?"),
     ],
 )
@@ -181,3 +188,25 @@ def test_a_held_out_share_is_apart_and_repeatable() -> None:
     assert held_out(shard, 0.2, 4, 10)[1].tolist() != test.tolist()
     assert [len(part) for part in held_out(shard[:2], 0.01, 0, 0)] == [1, 1]
     assert [len(part) for part in held_out(shard, 0.0, 0, 0)] == [100, 0]
+
+
+@pytest.mark.parametrize("name", ["dirichlet", "dirichlet_device", "shards"])
+def test_classes_may_be_a_list_or_names(name: str) -> None:
+    classes = (np.arange(100) * 7 % 10).tolist()
+    found = [
+        share_out(name, Sharing(100, 4, 0, labels)) for labels in (np.array(classes), classes, [*map(str, classes)])
+    ]
+    for other in found[1:]:
+        assert all(map(np.array_equal, found[0], other))
+
+
+def test_a_partitioner_of_ones_own_is_held_to_its_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    for shards, said in (
+        ([[0, 1], [1, 2]], "gave out sample 1 2 times"),
+        ([[0], [2]], "gave out sample 1 0 times"),
+        ([[0, 1], [2, 3]], "gave out sample 3 of 3"),
+        ([[0, 1, 2]], "made 1 shards where 2 were asked for"),
+    ):
+        monkeypatch.setitem(PARTITIONERS, "mine", lambda asked, made=shards: made)
+        with pytest.raises(ConfigError, match=said):
+            share_out("mine", Sharing(3, 2))

@@ -37,7 +37,7 @@ from trainer.policies import (
 )
 from trainer.policies import constants as autopilots
 from trainer.policies.autopilot import _ranked
-from trainer.policies.goodput import Costs, fitted
+from trainer.policies.goodput import Costs, fitted, momentum_of, reach_of
 from trainer.policies.worth import worth
 from trainer.sync.scaled_rate import ScaledRate
 from trainer.sync.step_response import step_response
@@ -215,6 +215,70 @@ def test_an_average_beside_training_is_not_free() -> None:
     )
     assert hidden.samples_per_s == pytest.approx(256 / (0.08 + 0.02))
     assert blocking.samples_per_s == pytest.approx(256 / (0.08 + 0.5 * 0.02 + 0.01))
+
+
+def visited(plan: Plan, momentum: float = 0.9, drift: float = 1e-7, **figures: Any) -> Observation:
+    """A round of ten federated devices whose slowest trains 20 samples/s, with a transfer of a second up and down."""
+    steps, up = plan.sync_period_steps, autopilots.CONSTANTS.bytes_of_float32[plan.wire_format or "float32"]
+    reach = reach_of(momentum, steps)
+    known: dict[str, Any] = {
+        "slowest_compute_s": steps * plan.batch_per_rank / 20,
+        "transfer_s": 0.5 + 0.5 * up,
+        "sync_wait_s": 0.5 + 0.5 * up,
+        "reach_steps": reach,
+        "divergence": drift * reach**1.5,
+        "model_sq_norm": 1.0,
+        "lr": 1.0,
+        "noise_scale": 1_000.0,
+    }
+    return Observation(ranks=10, steps=steps, ran=plan, plan=plan, phase_steps=99, phase=0, **known | figures)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9, 0.99])
+def test_momentum_follows_from_how_far_devices_reach(momentum: float) -> None:
+    for steps in (2, 7, 64):
+        by_hand = sum((1 - momentum**step) / (1 - momentum) for step in range(1, steps + 1))
+        assert reach_of(momentum, steps) == pytest.approx(by_hand)
+        assert momentum_of(by_hand, steps) == pytest.approx(momentum, abs=1e-6)
+
+
+def test_devices_seconds_go_by_their_samples_and_their_optimizers_begin_anew() -> None:
+    costs = Costs()
+    for _ in range(3):
+        costs = Costs.restored(costs.saw(visited(Plan(16, 2, delay_steps=0, wire_format="int4"))).state())
+    assert costs.momentum == pytest.approx(0.9)
+    for plan in (Plan(16, 1), Plan(16, 8, wire_format="int8"), Plan(64, 4, wire_format="int4")):
+        seen = visited(plan)
+        assert costs.round(plan, 10) == pytest.approx(seen.slowest_compute_s + seen.transfer_s)
+        found = worth(plan, costs, 10, 16, 0.004)
+        assert found.reach == pytest.approx(seen.reach_steps * 0.1 / plan.sync_period_steps)
+        assert found.drift == pytest.approx(seen.divergence / 2.5)
+    at_period_1 = costs.saw(visited(Plan(16, 1)))
+    assert at_period_1.momentum == costs.momentum, "of which one step tells nothing"
+
+
+def driven_by_devices(drift: float, rounds: int = 60, **figures: Any) -> list[Plan]:
+    controller, found, steps = Controller(Autopilot(batch_per_rank=16)), [], 0
+    for number in range(1, rounds + 1):
+        plan = controller.plan
+        found.append(plan)
+        steps += plan.sync_period_steps
+        controller.observe(visited(plan, drift=drift, round=number, local_step=steps, **figures))
+    return found
+
+
+def test_autopilot_plans_devices_longer_rounds_until_they_drift() -> None:
+    plans = {drift: driven_by_devices(drift) for drift in (1e-9, 1e-5, 1e-3)}
+    for tried in plans.values():
+        assert all(not plan.delay_steps and (plan.fragments or 1) == 1 for plan in tried), "devices have neither"
+    periods = [tried[-1].sync_period_steps for tried in plans.values()]
+    assert periods == sorted(periods, reverse=True)
+    assert periods[0] == 64
+    assert 2 < periods[1] < 64
+    assert periods[2] <= 2
+    late = driven_by_devices(1e-5, progress=0.9)[-1]
+    assert late.sync_period_steps < periods[1]
+    assert late.batch_per_rank == 16
 
 
 def test_what_a_plan_took_is_believed_before_what_its_parts_let_expect() -> None:

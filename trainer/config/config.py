@@ -47,12 +47,34 @@ class WorldConfig:
     timeout_s: float = 300.0
     """Seconds after which a collective that has not finished is an error."""
     ranks: int | None = None
-    """Ranks that the job must have; a launcher that started another number is refused."""
+    """Ranks that the job must have; a launcher that started another number is refused. With elastic, those that it
+    begins with; min_ranks by default."""
+    elastic: str | None = None
+    """Let ranks come and go: host:port of the store that they meet at, which `python -m trainer.store` serves. Each
+    rank is then started by itself. Gloo on CPUs only."""
+    min_ranks: int = 1
+    """With elastic: fewer ranks than so many end the run."""
+    max_ranks: int | None = None
+    """With elastic: more ranks than so many are refused."""
 
     def __post_init__(self) -> None:
         require_types(self)
         require("timeout_s", self.timeout_s, self.timeout_s > 0, "must be above 0 seconds")
-        require_at_least(self, 1, "ranks")
+        require_at_least(self, 1, "ranks", "min_ranks", "max_ranks")
+        off = self.elastic is None
+        require("min_ranks", self.min_ranks, not off or self.min_ranks == 1, "needs world.elastic")
+        require("max_ranks", self.max_ranks, not off or self.max_ranks is None, "needs world.elastic")
+        begins = self.begins_with
+        require("min_ranks", self.min_ranks, self.min_ranks <= begins, f"more than world.ranks = {begins}")
+        fits = self.max_ranks is None or self.max_ranks >= begins
+        require("max_ranks", self.max_ranks, fits, f"fewer than the {begins} ranks that the run begins with")
+        mend = "cannot be elastic; choose gloo, or restart from checkpoints with torchrun --max-restarts"
+        require("backend", self.backend, off or self.backend != "nccl", mend)
+
+    @property
+    def begins_with(self) -> int:
+        """Ranks that an elastic run begins with."""
+        return self.ranks or self.min_ranks
 
 
 @dataclass(frozen=True)
@@ -96,7 +118,7 @@ class DataConfig:
         require_at_least(self, 0, "workers", "crop_padding")
         require_at_least(self, 1, "image_size", "train_limit", "test_limit", "classes_per_device", "min_samples")
         require("alpha", self.alpha, self.alpha > 0, "must be above 0")
-        require("test_share", self.test_share, 0 <= self.test_share < 1, "must be in 0 .. 1")
+        require("test_share", self.test_share, 0 <= self.test_share < 1, "must be 0 or more, and below 1")
         named = (self.partition == "file") == (self.partition_file is not None)
         require("partition_file", self.partition_file, named, "goes with data.partition = file, and only with it")
 
@@ -271,8 +293,23 @@ class Config:
             check_local_optimizer(self.federated, self.optim.name)
         except ConfigError as error:
             raise ConfigError(f"federated.{error}") from None
+        self._check_elastic()
         held = self.data.test_share == 0 or self.federated.is_on
         require("data.test_share", self.data.test_share, held, "needs federated.devices")
+
+    def _check_elastic(self) -> None:
+        """Refuse what goes with a fixed world only."""
+        if self.world.elastic is None:
+            return
+        mend = "not where ranks come and go; leave it out, or leave out world.elastic"
+        for field, value, fits in (
+            ("federated.devices", self.federated.devices, not self.federated.is_on),
+            ("data.partition", self.data.partition, self.data.partition == "iid"),
+            ("sync.node_period_steps", self.sync.node_period_steps, self.sync.node_period_steps is None),
+            ("sync.ranks_per_node", self.sync.ranks_per_node, self.sync.ranks_per_node is None),
+            ("sync.gradient_format", self.sync.gradient_format, self.sync.gradient_format != "powersgd"),
+        ):
+            require(field, value, fits, mend)
 
     def named(self) -> Config:
         """This configuration with the run's name filled in."""
@@ -319,7 +356,7 @@ def check_ranks(config: Config, ranks: int) -> None:
     fits = node is None or ranks % node == 0
     require("sync.ranks_per_node", node, fits, f"must divide the number of ranks ({ranks})")
     wanted = config.world.ranks
-    if wanted is not None and wanted != ranks:
+    if config.world.elastic is None and wanted is not None and wanted != ranks:
         raise ConfigError(
             f"world.ranks = {wanted}: the launcher started {ranks}; mend its --nnodes or --nproc-per-node"
         )

@@ -18,8 +18,8 @@ from trainer.errors import MismatchError
 
 Floats = npt.NDArray[np.float64]
 
-SAVE, STOP = 1.0, 2.0
-"""Wishes: a checkpoint; a checkpoint and the end."""
+ADMIT, SAVE, STOP = 0.5, 1.0, 2.0
+"""Wishes: to let newcomers in, which is added to the others; a checkpoint; a checkpoint and the end."""
 SKETCH = 256
 """Values of a gradient's sketch: a product of two gradients is then off by 1/16 of the product of their norms (standard
 deviation), which is about what the gradients' own noise does to it."""
@@ -119,7 +119,7 @@ class Report:
     sent_bytes: float = 0.0
     """Bytes sent since the last report."""
     wish: float = 0.0
-    """What this rank was asked for: nothing, `SAVE` or `STOP`; the largest of any rank's counts."""
+    """What this rank was asked for: nothing, `SAVE` or `STOP`, and `ADMIT`; the largest of any rank's counts."""
     memory: float = 0.0
     """Most memory ever held, as a share of what there is."""
     grad_sq: float = math.nan

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from trainer.control.controller import Controller, Phase
-from trainer.control.reports import SAVE, STOP, Report, Total
+from trainer.control.reports import ADMIT, SAVE, STOP, Report, Total
 from trainer.control.signals import Signals, reduce
 from trainer.federated.cohorts import DeviceRound
 from trainer.plan import Decision, Observation, Plan
@@ -42,6 +42,8 @@ class Sent:
     """Trained by all ranks, as far as this one knows."""
     planned: int
     """Trained by this rank by the Plan, which is one on all ranks."""
+    own: int = 0
+    """Trained by this rank."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,8 @@ class Rounds:
         """Some rank was asked for a checkpoint, and none was written since."""
         self.step_response = 1.0
         """As in the Observation."""
+        self.admitting = False
+        """Some rank knows of a newcomer, which is not yet let in."""
         self.accuracy = math.nan
         """The latest evaluation's."""
         self.total_samples: int | None = None
@@ -97,10 +101,14 @@ class Rounds:
         """
         return self._agreed_samples + (sum(sent.planned for sent in self._sent.values()) + here) * ranks
 
+    def unheard(self) -> int:
+        """Trained by this rank in rounds that it has sent, and of which it has not heard."""
+        return sum(sent.own for sent in self._sent.values())
+
     def send(self, report: Report, samples: int) -> None:
         """This rank's report of a round is on its way to the others; `samples` are those of all ranks in it."""
         phase = self.controller.phase
-        self._sent[report.round] = Sent(phase, samples, report.steps * phase.plan.batch_per_rank)
+        self._sent[report.round] = Sent(phase, samples, report.steps * phase.plan.batch_per_rank, report.samples)
 
     def tell(self, total: Total, devices: DeviceRound | None = None, **known: Any) -> None:
         """All ranks' reports of a round are there; keep what they come to until the controller is asked.
@@ -118,7 +126,8 @@ class Rounds:
         seen = replace(seen, ran=sent.phase.plan, progress=progress, test_accuracy=self.accuracy, **known)
         self._agreed_samples = seen.samples
         self.stopping = self.stopping or total.most["wish"] >= STOP
-        self.saving = self.saving or total.most["wish"] == SAVE
+        self.saving = self.saving or SAVE <= total.most["wish"] < STOP
+        self.admitting = self.admitting or total.most["wish"] % 1 == ADMIT
         self._told.append(Told(seen, sent.phase, int(total.most["in_a_row"]), tuple(total.left_out), devices))
 
     def decide(self) -> list[Round]:
@@ -131,6 +140,15 @@ class Rounds:
             heard.append(Round(told.seen, told.phase, next_phase, skipped, decision, told.left_out, told.devices))
         self._told.clear()
         return heard
+
+    def go_on(self, state: Mapping[str, Any], unheard: int) -> None:
+        """Go on from another rank's state, in another world; `unheard` samples were trained that nobody has told of.
+
+        What was told and not decided on is dropped, since not every rank has heard it.
+        """
+        agreed = state["agreed_samples"] + unheard
+        self.load_state_dict({**state, "agreed_samples": agreed, "sent": {}, "told": []})
+        self.admitting = False
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint."""

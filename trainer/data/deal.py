@@ -13,8 +13,8 @@ import numpy as np
 
 from trainer.data.partition import Indices, shard_of
 
-Past = Sequence[tuple[int, int]]
-"""The worlds before, the first one first: ranks, and samples that each rank read."""
+Past = Sequence[tuple[int, int | Sequence[int]]]
+"""The worlds before, the first one first: ranks, and the samples that each rank read, or a number for every rank."""
 Lead = list[tuple[int, Indices]]
 """Parts of epochs, each with its epoch's number."""
 
@@ -41,17 +41,18 @@ class Deal:
         counts = [*(count for count, _ in past), ranks]
         for number, (_, read) in enumerate(past):
             before = cls(_shards(samples, counts[number], seed), leads if number else _nothing(counts[0]), first)
-            left, first = before._left(read, seed)
+            reads = [read] * counts[number] if isinstance(read, int) else list(read)
+            left, first = before._left(reads, seed)
             leads = _dealt(left, counts[number + 1], seed, number)
         return cls(_shards(samples, ranks, seed), leads, first)
 
-    def _left(self, read: int, seed: int) -> tuple[Lead, int]:
+    def _left(self, reads: Sequence[int], seed: int) -> tuple[Lead, int]:
         """What is not read of all epochs that any rank has begun, once each has read so many samples; and the epoch
         after those."""
         ends, last = [], self.first_epoch - 1
         for rank, shard in enumerate(self.shards):
             led = sum(len(part) for _, part in self.leads[rank])
-            begun = -(-max(0, read - led) // len(shard)) if len(shard) else 0
+            begun = -(-max(0, reads[rank] - led) // len(shard)) if len(shard) else 0
             last = max(last, self.first_epoch + begun - 1)
             ends.append(led)
         left: dict[int, list[Indices]] = {}
@@ -59,7 +60,7 @@ class Deal:
             position = 0
             whole = ((e, shard[permuted(len(shard), seed, rank, e)]) for e in range(self.first_epoch, last + 1))
             for epoch, part in (*self.leads[rank], *whole):
-                left.setdefault(epoch, []).append(part[max(0, read - position) :])
+                left.setdefault(epoch, []).append(part[max(0, reads[rank] - position) :])
                 position += len(part)
         return [(epoch, np.concatenate(parts)) for epoch, parts in sorted(left.items())], last + 1
 

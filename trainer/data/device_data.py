@@ -34,29 +34,33 @@ class DeviceData(Protocol):
         """A batch for each request, on the model's device."""
 
 
-@dataclass
 class DeviceItems:
-    """A map-style data set of a user's own."""
+    """A map-style data set of a user's own. Reading processes stay from round to round.
 
-    items: Any
-    device: torch.device
-    collate: Collate | None = None
-    workers: int = 0
+    Args:
+        items: the data set.
+        device: the model's.
+        collate: makes a batch of a list of items; None: torch's own.
+        workers: reading processes; 0 reads in this one.
+    """
+
+    def __init__(self, items: Any, device: torch.device, collate: Collate | None = None, workers: int = 0) -> None:
+        self.items, self._device, self._collate = items, device, collate
+        plain = collate is None and type(items) is TensorDataset
+        self._workers = 0 if plain else workers  # tensors are picked sooner than they are passed on
+        self._loader: DataLoader[Any] | None = None
+        self._asked = _Asked()
 
     def read(self, requests: Iterable[Request]) -> Iterator[Any]:
         """A batch for each request; what cannot be read raises DataError."""
-        if not self.workers:
+        if not self._workers:
             for request in requests:
-                yield self._taken(_read(self.items, request, self.collate))
+                yield self._taken(_read(self.items, request, self._collate))
             return
-        loader: DataLoader[Any] = DataLoader(
-            _Requested(self.items, list(requests), self.collate),  # type: ignore[arg-type]  # map-style by __getitem__
-            batch_size=None,
-            num_workers=self.workers,
-            collate_fn=as_it_is,
-            generator=torch.Generator(),
-        )
-        batches = iter(loader)
+        self._asked.requests = [*requests]
+        if self._loader is None:
+            self._loader = self._open()
+        batches = iter(self._loader)
         while True:
             try:
                 batch = next(batches)
@@ -66,23 +70,44 @@ class DeviceItems:
                 raise dead_worker(error) from error
             yield self._taken(batch)
 
+    def _open(self) -> DataLoader[Any]:
+        return DataLoader(
+            _Requested(self.items, self._collate),  # type: ignore[arg-type]  # map-style by __getitem__
+            batch_size=None,
+            sampler=self._asked,
+            num_workers=self._workers,
+            persistent_workers=True,
+            collate_fn=as_it_is,
+            generator=torch.Generator(),
+        )
+
     def _taken(self, batch: Any) -> Any:
         if isinstance(batch, Failed):
             raise batch.error()
-        return put(batch, self.device)
+        return put(batch, self._device)
+
+    def close(self) -> None:
+        """End reading processes."""
+        self._loader = None
+
+
+class _Asked(torch.utils.data.Sampler[Request]):
+    """What is to be read in the present round."""
+
+    def __init__(self) -> None:
+        self.requests: Sequence[Request] = ()
+
+    def __iter__(self) -> Iterator[Request]:
+        return iter(self.requests)
 
 
 @dataclass
 class _Requested:
     items: Any
-    requests: Sequence[Request]
     collate: Collate | None
 
-    def __getitem__(self, number: int) -> Any:
-        return _read(self.items, self.requests[number], self.collate)
-
-    def __len__(self) -> int:
-        return len(self.requests)
+    def __getitem__(self, request: Request) -> Any:
+        return _read(self.items, request, self.collate)
 
 
 def _read(items: Any, request: Request, collate: Collate | None) -> Any:
@@ -128,7 +153,8 @@ class DevicePictures:
         """Nothing to go to."""
 
     def close(self) -> None:
-        """Nothing is open between two rounds."""
+        """End reading processes."""
+        self._items.close()
 
     def sample_inputs(self, count: int, batch: int) -> Iterator[torch.Tensor]:
         """The first `count` inputs, without augmentation, for calibration."""

@@ -33,8 +33,8 @@ class Sharing:
     """Ranks, or devices."""
     seed: int = 0
     """Two sharings of one seed are one, on every rank and in every process."""
-    labels: Indices | None = None
-    """Class of every sample, (samples,); None where a data set has none."""
+    labels: Any = None
+    """Class of every sample, (samples,): whole numbers or names; None where a data set has none."""
     keys: Sequence[Hashable] | None = None
     """Whom every sample is of (a speaker, a person, a site), (samples,), for `natural`."""
     alpha: float = 0.5
@@ -47,7 +47,11 @@ class Sharing:
     """For `file`: a text file with one device number a line, a line a sample, or such an array as .npy."""
 
     def __post_init__(self) -> None:
-        require("alpha", self.alpha, self.alpha > 0, "must be above 0")
+        for name, least in (("samples", 1), ("shards", 1), ("seed", 0)):
+            value = getattr(self, name)
+            whole = isinstance(value, int | np.integer) and not isinstance(value, bool) and int(value) >= least
+            require(name, value, whole, f"must be a whole number, {least} or more")
+        require("alpha", self.alpha, 0 < self.alpha < np.inf, "must be above 0, and no infinity; choose iid for that")
         require("min_samples", self.min_samples, self.min_samples >= 1, "must be at least 1")
         require("classes_per_device", self.classes_per_device, self.classes_per_device >= 1, "must be at least 1")
         if self.shards > self.samples:
@@ -57,6 +61,10 @@ class Sharing:
         most = self.samples // self.shards
         fits = self.min_samples <= most
         require("min_samples", self.min_samples, fits, f"{self.shards} shards of {self.samples} can have {most} each")
+        if self.labels is not None:
+            object.__setattr__(self, "labels", _classes(self.labels, self.samples))
+        if self.keys is not None and len(self.keys) != self.samples:
+            raise ConfigError(f"keys: there are {len(self.keys)} for {self.samples} samples; give one for each")
 
     def draw(self) -> np.random.Generator:
         """Random numbers of this sharing."""
@@ -73,9 +81,30 @@ class Sharing:
                 f"partition = {partition!r}: needs a class for every sample; give the data set an attribute `targets`, "
                 "or choose iid, quantity, natural or file"
             )
-        return self.labels
+        found: Indices = self.labels
+        return found
 
 
+def _classes(labels: Any, samples: int) -> Indices:
+    """The class of every sample as a number, (samples,).
+
+    Raises:
+        ConfigError: there is not one class for each sample.
+    """
+    try:
+        found = np.asarray(labels)
+    except ValueError:  # of unequal lengths
+        found = np.asarray(labels, dtype=object)
+    if found.shape != (samples,):
+        raise ConfigError(f"labels of shape {found.shape}: give one class for each of the {samples} samples")
+    whole = np.issubdtype(found.dtype, np.integer)
+    if not whole and found.dtype.kind not in "bUS" and not all(isinstance(each, str) for each in found):
+        raise ConfigError(f"labels of {found.dtype}: a class is a whole number or a name")
+    return found.astype(np.int64) if whole else np.unique(found, return_inverse=True)[1].astype(np.int64)
+
+
+LEAST = 1e-300
+"""Concentrations below it are taken for it: one share is then all."""
 FITS = 200
 """Rounds of fitting: sums are then right to a sample."""
 Partitioner = Callable[[Sharing], list[Indices]]
@@ -263,12 +292,13 @@ def share_out(name: str, asked: Sharing) -> list[Indices]:
     """Every shard's samples: disjoint, and together all.
 
     Raises:
-        ConfigError: no such partitioner, or a shard that cannot have its fewest samples.
+        ConfigError: no such partitioner, one that is wrong, or a shard that cannot have its fewest samples.
     """
     if name not in PARTITIONERS:
         known = sorted(PARTITIONERS)
         raise ConfigError(f"data.partition = {name!r}: choose one of {', '.join(known)}{nearest(name, known)}")
     found = [np.asarray(each, dtype=np.int64) for each in PARTITIONERS[name](asked)]
+    _require_whole(name, found, asked)
     fewest = min(len(each) for each in found)
     if fewest >= asked.min_samples:
         return found
@@ -277,6 +307,21 @@ def share_out(name: str, asked: Sharing) -> list[Indices]:
             f"min_samples = {asked.min_samples}: partition {name!r} leaves a shard with {fewest}; have fewer shards"
         )
     return _topped_up(found, asked.min_samples)
+
+
+def _require_whole(name: str, found: Sequence[Indices], asked: Sharing) -> None:
+    """Shards are as many as asked for, disjoint, and together all."""
+    said = f"partition {name!r}"
+    if len(found) != asked.shards:
+        raise ConfigError(f"{said} made {len(found)} shards where {asked.shards} were asked for; mend it")
+    everything = np.concatenate(found)
+    beyond = everything[(everything < 0) | (everything >= asked.samples)]
+    if len(beyond):
+        raise ConfigError(f"{said} gave out sample {beyond[0]} of {asked.samples} (from 0); mend it")
+    wrong = np.flatnonzero(np.bincount(everything, minlength=asked.samples) != 1)
+    if len(wrong):
+        times = int((everything == wrong[0]).sum())
+        raise ConfigError(f"{said} gave out sample {wrong[0]} {times} times; each belongs to one shard: mend it")
 
 
 def shard_of(name: str, samples: int, shards: int, rank: int, seed: int) -> Indices:
@@ -340,6 +385,7 @@ def _by_owner(owner: Indices, shards: int) -> list[Indices]:
 
 def _dirichlet(draw: np.random.Generator, concentration: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """Shares ~ Dir(concentration), also where concentrations are so small that every Gamma draw is zero."""
+    concentration = np.maximum(concentration, LEAST)
     # log Gamma(a) = log Gamma(a + 1) + log(U) / a, which does not run out of small numbers
     logs = np.log(draw.standard_gamma(concentration + 1)) + np.log(draw.random(len(concentration))) / concentration
     shares = np.exp(logs - logs.max())

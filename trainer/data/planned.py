@@ -39,6 +39,36 @@ def pass_order(size: int, seed: int, rank: int, number: int) -> Indices:
     return np.random.default_rng([seed, 3, rank, number]).permutation(size).astype(np.int64)
 
 
+Worlds = Sequence[Sequence[Any]]
+"""The worlds that a pass has gone through, the first one first: ranks, and the samples left on each as it ended."""
+
+
+def dealt_order(samples: int, rank: int, ranks: int, seed: int, number: int, past: Worlds = ()) -> Indices:
+    """A rank's samples of a pass over a data set that is shared out, in their order.
+
+    Args:
+        samples: of the data set.
+        rank: of so many `ranks`.
+        seed: of sharding and order.
+        number: of the pass.
+        past: worlds before; what was left is dealt anew, so that each sample is read once.
+    """
+
+    def whole(rank: int, ranks: int) -> Indices:
+        mine = shard_of("iid", samples, ranks, rank, seed) if ranks > 1 else np.arange(samples, dtype=np.int64)
+        return mine[pass_order(len(mine), seed, rank, number)]
+
+    if not past:
+        return whole(rank, ranks)
+    counts = [*(world[0] for world in past), ranks]
+    orders: Sequence[Indices] = [whole(each, counts[0]) for each in range(counts[0])]
+    for turn, (_, left) in enumerate(past):
+        rest = np.concatenate([order[len(order) - kept :] for order, kept in zip(orders, left, strict=True)])
+        mixed = rest[np.random.default_rng([seed, 17, number, turn]).permutation(len(rest))]
+        orders = np.array_split(mixed, counts[turn + 1])
+    return orders[rank]
+
+
 class PlannedBatches(Sampler[list[int]]):
     """Lists of this rank's samples, as many as the Plan says when a list is drawn; a new order in each pass.
 
@@ -66,21 +96,40 @@ class PlannedBatches(Sampler[list[int]]):
     ) -> None:
         self.samples, self.seed = samples, seed
         self._rank, self._planned, self._next_pass = rank, planned, next_pass
-        self._mine = shard_of("iid", samples, ranks, rank, seed)
+        shard_of("iid", samples, ranks, rank, seed)  # refuses a data set that is too small
         self._sizes = shard_sizes(samples, ranks)
-        self._begins: tuple[int, list[int]] | None = None
+        self._begins: tuple[int, list[int], Indices] | None = None
         self.drawn: deque[list[int]] = deque()
         """Samples of each rank in the lists that were drawn and not yet trained."""
 
-    def begin(self, number: int, left: Sequence[int] | None) -> None:
-        """Have the next iteration be this pass, with so much left of it on each rank; None: all."""
-        self._begins = number, list(left or self._sizes)
+    def begin(
+        self, number: int, left: Sequence[int] | None, place: tuple[int, int] | None = None, past: Worlds = ()
+    ) -> list[int]:
+        """Have the next iteration be this pass; what is left of it on each rank.
+
+        Args:
+            number: of the pass.
+            left: on each rank; None: all.
+            place: this rank, and how many there are, where that has changed.
+            past: worlds that this pass has gone through.
+        """
+        if place is not None and place != (self._rank, len(self._sizes)):
+            self._rank, ranks = place
+            self._sizes = shard_sizes(self.samples, ranks)
+        ranks = len(self._sizes)
+        order = dealt_order(self.samples, self._rank, ranks, self.seed, number, past)
+        rest = sum(past[-1][1]) if past else self.samples
+        told = list(left or shard_sizes(rest, ranks))
+        self._begins = number, told, order
+        return told
 
     def __iter__(self) -> Iterator[list[int]]:
-        number, left = self._begins or (self._next_pass(), list(self._sizes))
+        if self._begins is None:
+            self.begin(self._next_pass(), None)
+        assert self._begins is not None
+        _, left, order = self._begins
         self._begins = None
         self.drawn.clear()
-        order = self._mine[pass_order(len(self._mine), self.seed, self._rank, number)]
         while sizes := step_sizes(left, self._planned()):
             start = len(order) - left[self._rank]
             left = [each - size for each, size in zip(left, sizes, strict=True)]

@@ -17,7 +17,7 @@ from trainer.data.deal import Deal, Past, permuted
 from trainer.data.nested import put
 from trainer.data.partition import Indices
 from trainer.data.reading import Failed, as_it_is, dead_worker, mixed_seed, read_batch
-from trainer.data.sets import DataPart
+from trainer.data.sets import DataPart, open_part
 from trainer.data.transform import Transform
 from trainer.distributed.world import World
 
@@ -102,6 +102,11 @@ class ShardStream:
         order = Order(len(shard), self._order.seed, rank, count, deal.first_epoch)
         self._open(whole.subset(np.concatenate([*lead, shard])), order)
         self.past = past
+
+    def regroup(self, world: World, past: Past) -> None:
+        """Read on in another world, from the beginning of this rank's share of what is left after these."""
+        self._world = world
+        self.deal_anew(open_part(self._config, train=True, seed=self._order.seed), past)
 
     def take(self, count: int) -> Batch:
         """The next `count` samples: inputs [count, ...] ready for the model, labels [count]."""

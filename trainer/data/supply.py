@@ -8,13 +8,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from trainer.data.nested import length, nbytes
-from trainer.data.partition import shard_of
-from trainer.data.planned import PlannedBatches, pass_order
+from trainer.data.planned import PlannedBatches, Worlds, dealt_order, pass_order, shard_sizes
 from trainer.data.reading import BatchReader, Collate, Failed, Reading, dead_worker, mixed_seed, one_line, put_together
 from trainer.errors import ConfigError, DataError
 
@@ -53,8 +51,9 @@ class Supply(Protocol):
     def ended(self) -> bool:
         """Nothing follows what is left."""
 
-    def begin(self, number: int, consumed: int) -> None:
-        """Begin pass `number` after so much of it (samples or batches)."""
+    def begin(self, number: int, consumed: int, past: Worlds = ()) -> None:
+        """Begin pass `number` after so much of it (samples or batches), in the last of the worlds that it went
+        through."""
 
     def look_ahead(self, steps: int, planned: int) -> None:
         """Know of so many batches to come, where there are as many."""
@@ -76,7 +75,7 @@ def open_supply(data: Any, place: Place, *, collate: Collate | None, workers: in
         _own_loader_takes_no("collate_fn", collate is not None)
         _own_loader_takes_no("workers", workers > 0)
         return PlannedLoader(data) if isinstance(data.batch_sampler, PlannedBatches) else LoaderSupply(data)
-    _refuse_what_is_no_data_set(data)
+    refuse_what_is_no_data_set(data)
     streams = isinstance(data, IterableDataset) or not (hasattr(data, "__getitem__") and hasattr(data, "__len__"))
     if not streams:
         return MapSupply(data, place, collate, workers, shard)
@@ -93,7 +92,12 @@ def _own_loader_takes_no(name: str, given: bool) -> None:
         raise ConfigError(f"{name}: a DataLoader has its own; set it there")
 
 
-def _refuse_what_is_no_data_set(data: Any) -> None:
+def refuse_what_is_no_data_set(data: Any) -> None:
+    """Refuse what would be taken for samples and is none.
+
+    Raises:
+        ConfigError: names the kind, and what to pass.
+    """
     if isinstance(data, Mapping | str | bytes):
         raise ConfigError(f"dataset = a {type(data).__name__}: pass a data set whose items are samples")
     pair = isinstance(data, tuple) and 1 < len(data) <= 4 and all(isinstance(each, torch.Tensor) for each in data)
@@ -125,22 +129,25 @@ class MapSupply:
         if not self.length:
             raise ConfigError("dataset is empty: len() says 0")
         self._items, self._place, self._collate, self._workers = items, place, collate, workers
-        everything = np.arange(self.length, dtype=np.int64)
-        shared = shard and place.ranks > 1
-        self._mine = shard_of("iid", self.length, place.ranks, place.rank, place.seed) if shared else everything
+        self._shared = shard
+        self._size = shard_sizes(self.length, place.ranks)[place.rank] if shard else self.length
         self._reader: BatchReader | None = None
         self._consumed = 0
 
-    def begin(self, number: int, consumed: int) -> None:
+    def begin(self, number: int, consumed: int, past: Worlds = ()) -> None:
         place = self._place
-        order = self._mine[pass_order(len(self._mine), place.seed, place.rank, number)]
+        if self._shared:
+            order = dealt_order(self.length, place.rank, place.ranks, place.seed, number, past)
+        else:
+            order = pass_order(self.length, place.seed, place.rank, number)
+        self._size = len(order)
         reading = Reading(self._items, order, mixed_seed(place.seed, 4, place.rank, number), self._collate)
         self._reader = BatchReader(reading, self._workers, pin=place.device.type == "cuda")
         self._consumed = consumed
 
     @property
     def left(self) -> list[int]:
-        return [max(0, len(self._mine) - self._consumed)]
+        return [max(0, self._size - self._consumed)]
 
     def look_ahead(self, steps: int, planned: int) -> None:
         pass
@@ -174,7 +181,7 @@ class StreamSupply:
         self._item_bytes = 0
         self.ended = False
 
-    def begin(self, number: int, consumed: int) -> None:
+    def begin(self, number: int, consumed: int, past: Worlds = ()) -> None:
         try:
             source = self._data if hasattr(self._data, "__iter__") or self.once else self._data()
             self._items = iter(source)
@@ -234,7 +241,7 @@ class LoaderSupply:
         self._bytes = 0
         self.ended = False
 
-    def begin(self, number: int, consumed: int) -> None:
+    def begin(self, number: int, consumed: int, past: Worlds = ()) -> None:
         self._batches = guarded_batches(self._loader)
         self._held.clear()
         self._sizes.clear()
@@ -287,13 +294,14 @@ class PlannedLoader:
     def left(self) -> list[int]:
         return []
 
-    def begin_with(self, number: int, left: list[int] | None) -> None:
-        """Begin pass `number` with so many samples left on each rank."""
-        self._sampler.begin(number, left)
+    def begin_with(self, number: int, left: list[int] | None, place: Place, past: Worlds = ()) -> list[int]:
+        """Begin pass `number` with so many samples left on each rank; what is left."""
+        told = self._sampler.begin(number, left, (place.rank, place.ranks), past)
         self._batches = guarded_batches(self._loader)
+        return told
 
-    def begin(self, number: int, consumed: int) -> None:
-        self.begin_with(number, None)
+    def begin(self, number: int, consumed: int, past: Worlds = ()) -> None:
+        raise AssertionError("begun by begin_with")
 
     def look_ahead(self, steps: int, planned: int) -> None:
         pass

@@ -34,9 +34,7 @@ class Collectives:
         self.world = world
         self.clock = clock
         self.bucket_bytes = bucket_bytes
-        self.group = group if group is not None else world.group
-        self.size = dist.get_world_size(self.group) if world.size > 1 else 1
-        self.rank = dist.get_rank(self.group) if world.size > 1 else 0
+        self._take(world, group)
         self.within: Collectives | None = None
         """The ranks of this rank's node, where averages have two levels."""
         self.between: Collectives | None = None
@@ -44,6 +42,22 @@ class Collectives:
         self._for_gradients: Collectives | None = None
         self._sent_nths = 0
         """Bytes sent, in parts of 1 / `size` of one: whole numbers, whose sums are exact in any order."""
+
+    def _take(self, world: World, group: dist.ProcessGroup | None) -> None:
+        self.world = world
+        self.group = group if group is not None else world.group
+        alone = world.size == 1
+        if world.members is not None:  # its groups are none that torch has a register of
+            self.size, self.rank = world.size, world.rank
+        else:
+            self.size = 1 if alone else dist.get_world_size(self.group)
+            self.rank = 0 if alone else dist.get_rank(self.group)
+
+    def regroup(self, world: World) -> None:
+        """Go on in another world, in groups of its own."""
+        sent_bytes, self._for_gradients = self.sent_bytes, None
+        self._take(world, None)
+        self._sent_nths = round(sent_bytes * self.size)
 
     def add_levels(self, within: dist.ProcessGroup, between: dist.ProcessGroup) -> None:
         """Have averages in two levels."""
@@ -178,6 +192,19 @@ class Collectives:
         padded[: len(packed)] = packed
         rows = self._gathered(padded, operation).cpu()
         return [pickle.loads(row[:size].numpy().tobytes()) for row, size in zip(rows, sizes, strict=True)]
+
+    def object_of_first(self, make: Callable[[], Any]) -> Any:
+        """What rank 0 makes, on every rank; its bytes are not counted."""
+        if self.size == 1:
+            return make()
+        first, operation = self.rank == 0, "sending state"
+        packed = torch.frombuffer(bytearray(pickle.dumps(make() if first else None)), dtype=torch.uint8)
+        size = torch.tensor([len(packed)])
+        with self._waiting(), self.world.collective(operation):
+            self.world.wait(dist.broadcast(size, group=self.group, async_op=True, group_src=0), operation)
+            taken = packed if first else torch.empty(int(size), dtype=torch.uint8)
+            self.world.wait(dist.broadcast(taken, group=self.group, async_op=True, group_src=0), operation)
+        return pickle.loads(taken.numpy().tobytes())
 
     def _gathered(self, mine: torch.Tensor, operation: str) -> torch.Tensor:
         """Every rank's 1-d tensor, as rows."""

@@ -17,6 +17,8 @@ import torch.distributed as dist
 from trainer.config.config import WorldConfig
 from trainer.distributed.board import Board, told
 from trainer.distributed.launcher import Launch, read_launch
+from trainer.distributed.members import LOOK_S as LOOK_AT_MEMBERS_S
+from trainer.distributed.members import Epoch, Members
 from trainer.errors import ConfigError, MismatchError, PeerError
 from trainer.memory import keep_freed_memory
 from trainer.version import __version__
@@ -39,6 +41,8 @@ class World:
     """The ranks of every node, where averages have two levels."""
     board: Board = field(default_factory=Board, compare=False)
     """Where a rank says why it leaves."""
+    members: Members | None = field(default=None, compare=False)
+    """Whom this rank meets, where ranks come and go."""
 
     @staticmethod
     def current(device: torch.device, group: Any = None) -> World:
@@ -74,12 +78,41 @@ class World:
 
         Every rank that is to be in it must call it.
         """
+        if self.members is not None and ranks is None:
+            return self.members.new_group()
         timeout = timedelta(seconds=self.timeout_s)
         if self.group is None and ranks is None:
             return dist.new_group(timeout=timeout)
         everyone = dist.get_process_group_ranks(self.group or dist.group.WORLD)
         chosen = everyone if ranks is None else [everyone[rank] for rank in ranks]
         return dist.new_group(chosen, timeout=timeout, use_local_synchronization=True)
+
+    @staticmethod
+    def elastic(members: Members, device: torch.device | None = None) -> World:
+        """A world whose ranks come and go, for `LocalSGD(..., world=)`; it is of one rank until the members meet.
+
+        Args:
+            members: of which this process is one.
+            device: of the replica: a CPU's, whose groups can be made anew.
+
+        Raises:
+            ConfigError: another kind of device.
+        """
+        device = device or torch.device("cpu")
+        if device.type != "cpu":
+            raise ConfigError(
+                f"device = {device}: an elastic world needs gloo on a CPU; on GPUs restart from the newest checkpoint, "
+                "with torchrun --max-restarts"
+            )
+        return World(device=device, timeout_s=members.timeout_s, members=members)
+
+    def of_epoch(self, epoch: Epoch) -> World:
+        """The elastic world of an epoch, in a group of its own; all its members call this."""
+        assert self.members is not None
+        rank, size = epoch.members.index(self.members.number), len(epoch.members)
+        board = Board(rank, size, self.members.store, self.members.prefix)
+        group = self.members.new_group() if size > 1 else None
+        return replace(self, rank=rank, size=size, group=group, board=board)
 
     def new_levels(self) -> tuple[Any, Any]:
         """Groups of this rank's node, and of the ranks at its place on every node; every rank must call it."""
@@ -139,18 +172,25 @@ class World:
                 work.wait()
             return
         deadline = time.monotonic() + self.timeout_s
+        look_s = LOOK_S if self.members is None else LOOK_AT_MEMBERS_S
         while True:
             try:
-                work.wait(timedelta(seconds=min(LOOK_S, self.timeout_s)))
+                work.wait(timedelta(seconds=min(look_s, self.timeout_s)))
                 return
             except RuntimeError as error:
                 late = time.monotonic() >= deadline
-                if late or work.is_completed() or "timed out" not in str(error).lower() or self.board.gone():
+                failed = work.is_completed() or "timed out" not in str(error).lower()
+                if late or failed or self._is_broken() or self.board.gone():
                     raise PeerError(self._told(operation, error)) from error
+
+    def _is_broken(self) -> bool:
+        return self.members is not None and self.members.broken() is not None
 
     def _told(self, operation: str, error: RuntimeError) -> str:
         """One line: the operation, this rank, and who left and why, or what the backend says."""
         failed = f"{operation} failed on rank {self.rank} of {self.size}"
+        if self.members is not None:  # who is gone is found out when the others meet
+            return f"{failed}: {self.members.broken() or 'a peer went away'}"
         gone = self.board.gone(patience_s=LOOK_S)
         if gone:
             return f"{failed}: {'; '.join(f'rank {rank} {reason}' for rank, reason in gone.items())}"
@@ -163,9 +203,18 @@ LOOK_S = 1.0
 
 
 @contextmanager
-def open_world(config: WorldConfig) -> Iterator[World]:
+def open_world(config: WorldConfig, job: str = "") -> Iterator[World]:
     """Join the process group, and leave it whatever happens; a world of one needs none. On the CPU freed memory is kept
-    for the steps to come."""
+    for the steps to come.
+
+    Args:
+        config: which world.
+        job: what all ranks of an elastic world must run alike; of another world, `compare_ranks` compares it.
+    """
+    if config.elastic is not None:
+        with _elastic_world(config, job) as world:
+            yield world
+        return
     launch = read_launch()
     cuda = torch.cuda.is_available() and config.backend != "gloo"
     if config.backend == "nccl" and not cuda:
@@ -197,6 +246,28 @@ def open_world(config: WorldConfig) -> Iterator[World]:
     else:
         dist.barrier()
         dist.destroy_process_group()
+
+
+@contextmanager
+def _elastic_world(config: WorldConfig, job: str) -> Iterator[World]:
+    """Of one rank, until the members meet."""
+    assert config.elastic is not None
+    keep_freed_memory()
+    members = Members(
+        config.elastic,
+        ranks=config.begins_with,
+        min_ranks=config.min_ranks,
+        max_ranks=config.max_ranks,
+        timeout_s=config.timeout_s,
+        job=" ".join([job, *(f"{name} {version}" for name, version in versions().items())]),
+    )
+    try:
+        yield World.elastic(members)
+    except BaseException as error:
+        members.leave(told(error))
+        raise
+    finally:
+        members.close()
 
 
 def _device_of(launch: Launch) -> torch.device:

@@ -122,10 +122,10 @@ class Fleet:
         size = self.sizes[device]
         planned = plan.batch_per_rank
         if self.config.batch == "speed":
-            planned = round(planned * self.profile.samples_per_s[device] / speed)
-        batch = min(max(1, planned), size)
-        epochs, an_epoch = self.config.local_epochs, -(-size // batch)
-        steps = plan.sync_period_steps if epochs is None else epochs * an_epoch
+            faster = self.profile.samples_per_s[device] / speed
+            planned = max(round(planned * faster), min(planned, 2))  # a BatchNorm takes no single sample
+        batch, epochs = min(planned, size), self.config.local_epochs
+        steps = plan.sync_period_steps if epochs is None else epochs * len(batch_sizes(size, batch))
         return self._timed(Visit(device, draw, batch, steps, 0, 0.0), plan)
 
     def cut(self, visit: Visit, plan: Plan, deadline_s: float) -> Visit | None:
@@ -196,8 +196,10 @@ class Fleet:
 @lru_cache(maxsize=4096)
 def batch_sizes(size: int, batch: int) -> tuple[int, ...]:
     """Samples of each batch in one pass over a shard. The last may be smaller, but is no single sample, which a
-    BatchNorm cannot take: then the last two share what is left."""
+    BatchNorm cannot take: then the last two share what is left, or of batches of two the last has three."""
     whole, rest = divmod(size, batch)
+    if rest == 1 and whole and batch == 2:
+        return (*(batch for _ in range(whole - 1)), 3)
     if rest == 1 and whole and batch > 1:
         return (*(batch for _ in range(whole - 1)), (batch + 2) // 2, (batch + 1) // 2)
     return (*(batch for _ in range(whole)), *((rest,) if rest else ()))

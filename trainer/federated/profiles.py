@@ -23,6 +23,7 @@ COLUMNS = {
     "up_bits_per_s": BITS_PER_S,
     "availability": 1.0,
 }
+TOO_MANY = "values beyond the columns"
 
 
 @dataclass(frozen=True)
@@ -58,10 +59,15 @@ class Profile:
     def _read(cls, name: str, devices: int) -> Profile:
         said = f"federated.profile = {name!r}"
         try:
-            with open(Path(name), encoding="utf-8", newline="") as file:
-                rows = list(csv.DictReader(file))
+            with open(Path(name), encoding="utf-8-sig", newline="") as file:  # spreadsheets begin with a mark
+                rows = list(csv.DictReader(file, restkey=TOO_MANY))
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise ConfigError(f"{said}: is no CSV file of UTF-8 text ({error})") from error
         except OSError as error:
             raise ConfigError(f"{said}: choose equal, lognormal or a CSV file ({error.strerror})") from error
+        long = next((number for number, row in enumerate(rows) if TOO_MANY in row), None)
+        if long is not None:
+            raise ConfigError(f"{said}: the row of device {long} has more values than there are columns")
         unknown = sorted({column for row in rows for column in row if column not in COLUMNS})
         if unknown:
             raise ConfigError(f"{said}: has a column {unknown[0]!r}; the columns are {', '.join(COLUMNS)}")

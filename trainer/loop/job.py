@@ -17,7 +17,7 @@ from torch import nn
 
 from trainer.config.config import Config, check_ranks
 from trainer.data import DataPart, DevicePictures, ShardStream, open_part
-from trainer.distributed.launcher import read_launch
+from trainer.distributed.launcher import Launch, read_launch
 from trainer.distributed.world import World
 from trainer.federated.devices import Devices
 from trainer.loop.federated import Hosted, check_fleet, hosted_by, shards_of
@@ -51,7 +51,7 @@ class Job:
     @classmethod
     def open(cls, config: Config) -> Job:
         """Open the data and build the model, so that what cannot be is refused here."""
-        started_s, launch = time.time(), read_launch()
+        started_s, launch = time.time(), read_launch() if config.world.elastic is None else Launch()
         check_ranks(config, launch.size)
         seed = config.run.seed
         part = open_part(config.data, train=True, seed=seed)

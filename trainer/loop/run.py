@@ -34,7 +34,7 @@ from trainer.loop.step import LocalStep
 from trainer.memory import peak_memory_bytes
 from trainer.plan import observed, plain
 from trainer.policies import policy_name
-from trainer.records.writer import Records, open_records
+from trainer.records.writer import Records, RunRecords, open_records
 from trainer.sync.local_sgd import LocalSGD
 
 Summary = dict[str, Any]
@@ -55,7 +55,7 @@ class Run:
         self._lock: RunLock | None = None
         self._id = ""
         self._records = Records()
-        self._close = ExitStack()
+        self._close, self._records_end = ExitStack(), ExitStack()
         self._alone = alone
         self._best = 0.0
         self._last: dict[str, float] = {}
@@ -82,12 +82,18 @@ class Run:
 
     def _open(self) -> None:
         sync, folder, via = self._sync, self._job.folder, self._sync.collectives
+        if isinstance(self._stream, ShardStream) and self._config.world.elastic is not None:
+            self._stream.regroup(sync.world, ())
+        if sync.is_newcomer:
+            self._join()
+            return
         decided(via, self._take_lock)
         start = find_start(self._config, folder, sync.replica.model, via)
         prepared = decided(via, lambda: self._prepare(start))
         state = self._load(start)
         self._id = start.run
-        self._records = self._close.enter_context(open_records(folder, self._config, rank=via.rank))
+        self._close.enter_context(self._records_end)
+        self._records = self._records_end.enter_context(open_records(folder, self._config, rank=via.rank))
         self._close.enter_context(stop_signals(sync))
         self._facts = facts_of(self._job, sync.world)
         self._save_later()
@@ -99,8 +105,73 @@ class Run:
             self._begin()
         for warning in (*start.warnings, *([prepared.warning] if prepared.warning else ())):
             self._records.event("warning", message=warning)
+        sync.carry("run", self)
         if prepared.abandoned is not None:
             self._records.say(f"what followed step {sync.local_step} is now in {prepared.abandoned}")
+
+    def _join(self) -> None:
+        """Come to a run that is under way: the others tell how far it is."""
+        self._saving.regroup(self._sync.world)
+        self._close.enter_context(self._records_end)
+        self._close.enter_context(stop_signals(self._sync))
+        self._facts = facts_of(self._job, self._sync.world)
+        self._sync.carry("run", self)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a newcomer must know of the run."""
+        return {**self._carried(), "run": self._id, "skipped": self._skipped, "facts": self._facts}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Know what another rank knows of the run."""
+        self._best, self._last, self._skipped, self._alone = (state[n] for n in ("best", "last", "skipped", "alone"))
+        self._next_eval, self._next_save = state["next_eval"], state["next_save"]
+        self._id, self._facts = state["run"], state["facts"]
+        self._earlier_s = state["wall_s"] - (time.time() - self._job.started_s)
+
+    def _carried(self) -> dict[str, Any]:
+        return {
+            "best": self._best,
+            "last": self._last,
+            "alone": self._alone,
+            "next_eval": self._next_eval,
+            "next_save": self._next_save,
+            "wall_s": self._wall_s(),
+        }
+
+    def catch_up(self) -> None:
+        """A newcomer does first what the others do after the step that let it in."""
+        if self._sync.is_newcomer:
+            self.follow()
+            self.evaluate_if_due()
+            self.save_if_due()
+
+    def follow(self) -> None:
+        """Where the ranks have changed: the first of them writes, and all know with whom they save."""
+        for change in self._sync.regroupings():
+            self._saving.regroup(self._sync.world)
+            self._write_as(change.rank)
+            left = {str(rank): why for rank, why in change.left.items()}
+            numbers = {"local_step": change.local_step, "took_s": round(change.took_s, 3)}
+            self._records.event("regrouped", ranks=change.ranks, left=left, joined=list(change.joined), **numbers)
+
+    def _write_as(self, rank: int) -> None:
+        """Write the records, or no longer: they are the first rank's."""
+        writes = isinstance(self._records, RunRecords)
+        if writes == (rank == 0):
+            return
+        if writes:
+            self._records_end.close()
+            self._records = Records()
+            return
+        try:
+            self._take_lock()
+            problem = None
+        except ConfigError as error:
+            problem = str(error)
+        self._records = self._records_end.enter_context(open_records(self._job.folder, self._config, rank=0))
+        if problem is not None:
+            self._records.event("warning", message=f"the folder's lock was not taken over: {problem}")
+        self._save_later()
 
     def _take_lock(self) -> None:
         self._lock = RunLock(self._job.folder)
@@ -210,6 +281,8 @@ class Run:
             self._records.event("too few reports: the model is kept", round=seen.round, local_step=seen.local_step)
         if ended.left_out:
             self._records.event("left out", ranks=list(ended.left_out), local_step=seen.local_step)
+        if ended.devices is not None and ended.devices.left_out:
+            self._records.event("left out", devices=list(ended.devices.left_out), local_step=seen.local_step)
         if ended.next_phase is not None:
             self._enter(ended.next_phase)
         if ended.skipped_in_a_row >= self._config.step.max_skipped_steps:
@@ -223,8 +296,9 @@ class Run:
         every = self._config.eval.every_samples
         if self._next_eval is not None and self._sync.samples >= self._next_eval and self._sync.between_rounds:
             assert every is not None
+            self._sync.together(self._evaluate)
             self._next_eval = (self._sync.samples // every + 1) * every
-            self._evaluate()
+            self.follow()
 
     def save_if_due(self) -> None:
         """Write a checkpoint where it is time, also in the middle of a round; and tell what became of those before."""
@@ -256,7 +330,8 @@ class Run:
         """Average what is left, evaluate the consensus model, and sum up."""
         self.record(self._sync.finish())
         if self._last.get("samples") != self._sync.samples or (self._job.hosted and not self._over_devices):
-            self._evaluate()
+            self._sync.together(self._evaluate)
+            self.follow()
         self._judge_tuned()
         self._save()
         self._await_save()
@@ -350,15 +425,10 @@ class Run:
             "consumed": self._stream.consumed,
             "past": [list(world) for world in self._stream.past] if isinstance(self._stream, ShardStream) else [],
             "scaler": self._step.scaler.state_dict(),
-            "best": self._best,
-            "last": self._last,
+            **self._carried(),
             "skipped": self._skipped,
             "virtual_s": self._virtual_s,
-            "alone": self._alone,
-            "next_eval": self._next_eval,
-            "next_save": self._next_save,
             "started_at": self._facts["started_at"],
-            "wall_s": self._wall_s(),
         }
 
     def _await_save(self) -> None:

@@ -67,6 +67,11 @@ class Saving:
             problem = str(error) or type(error).__name__
         self._under_way = self._thread.submit(lambda: self._save(about, snapshot, trained, problem, sync_records))
 
+    def regroup(self, world: World) -> None:
+        """The ranks are others now; what is under way waits for nobody any more."""
+        self._meeting.close()
+        self.world, self._meeting = world, Meeting(world)
+
     def wait(self) -> None:
         """Wait until what is under way is written, or was given up."""
         if self._under_way is not None:

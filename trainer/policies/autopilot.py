@@ -159,8 +159,8 @@ class Autopilot(Policy):
         """Whether twice the smallest batch is to be measured: where none but the smallest was, and its steps, should
         they take no longer, would be worth a change."""
         batch = 2 * self.batch_per_rank
-        if batch > largest or costs.largest_batch >= batch:
-            return False
+        if batch > largest or costs.largest_batch >= batch or costs.of_devices:
+            return False  # a device's seconds go by its samples, whatever the batch
         doubled = self._worth(replace(current.plan, batch_per_rank=batch), costs, ranks)
         at_best = replace(doubled, samples_per_s=2 * current.samples_per_s)
         return self._score(at_best, late=False) > (1 + self.min_gain) * self._score(current, late=False)
@@ -171,7 +171,7 @@ class Autopilot(Policy):
     def _score(self, each: Worth, late: bool) -> float:
         """Goodput with care."""
         care = (CONSTANTS.care[self.target] if self.care is None else self.care) * (CONSTANTS.late_care if late else 1)
-        return float(each.samples_per_s * each.efficiency**care)
+        return float(each.samples_per_s * each.reach * each.efficiency**care)
 
     def _candidates(self, costs: Costs, largest: int, longest: int) -> Iterator[Plan]:
         batch = self.batch_per_rank
@@ -181,6 +181,8 @@ class Autopilot(Policy):
             for period in self._periods(longest):
                 for wire in CONSTANTS.formats:
                     yield _plan(batch, period, delay_steps=0, wire_format=wire, fragments=1)
+                    if costs.of_devices:
+                        continue  # they have no delays and no fragments
                     for fragments in (each for each in CONSTANTS.fragments if each <= period):
                         transfer_s = costs.transfer(wire, fragments, hidden=True)
                         if fragments > 1 and fragments * transfer_s > period * step_s:

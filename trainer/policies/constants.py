@@ -44,6 +44,9 @@ class Constants:
     gone cold. Source: measured on two machines. Error: 0.25 on one of them and 0.75 on the other."""
     mean_decay: float = 0.9
     """Share of a running mean that the next value leaves. Source: judgement. Error: not measured."""
+    cohorts: int = 64
+    """Rounds of federated devices that the mean seconds of their slowest is taken over, since every round has others.
+    Source: judgement. Error: not measured."""
     known_rounds: int = 16
     """Rounds after which a kind of local step is known well enough to tell how fast the machine is.
     Source: judgement. Error: not measured."""

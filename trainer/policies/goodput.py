@@ -82,10 +82,17 @@ class Costs:
     """Most memory ever held, of what there is,"""
     memory_batch: int = 0
     """and the largest batch up to then."""
+    sample_s: float = math.nan
+    """Of federated devices: seconds of a sample on a round's slowest, since a device's steps take as long as its
+    samples; the mean over rounds."""
+    sample_rounds: int = 0
+    """Rounds in that mean."""
+    momentum: float = math.nan
+    """Of federated devices' optimizers, by how far they reached; NaN without devices."""
 
     def saw(self, seen: Observation) -> Costs:
         """With one more observation; what it did not measure stays as it was."""
-        ran, found = seen.ran, self
+        ran, found = seen.ran, self._saw_devices(seen)
         # a phase's first rounds pay for its beginning, and may tell of the transfer before it
         # by the Plan: an evaluation takes an average sooner, but the steps before it ran beside the one before
         begins = 2 if ran.delay_steps else 1  # rounds
@@ -95,17 +102,19 @@ class Costs:
             found = found._saw_step(f"{ran.batch_per_rank} {hidden:g} {waited:g}", seen.slowest_compute_s / seen.steps)
         if settled and seen.transfer_s > 0 and ran.sync_period_steps > 1:
             found = replace(found, transfer_s=self._transfers(sent(ran), seen.transfer_s))
-        if settled and seen.sync_wait_s > 0 and seen.slowest_compute_s > 0 and ran.sync_period_steps == 1:
+        waits = settled and not found.of_devices and seen.sync_wait_s > 0 and seen.slowest_compute_s > 0
+        if waits and ran.sync_period_steps == 1:
             seconds = (seen.sync_wait_s + CONSTANTS.hiding_share * seen.slowest_compute_s) / seen.steps
             found = replace(found, transfer_s=self._transfers(GRADIENTS, seconds))
         seconds = seen.slowest_compute_s + seen.sync_wait_s
-        if settled and seconds > 0 and ran.sync_period_steps == seen.steps:
+        if settled and seconds > 0 and ran.sync_period_steps == seen.steps and not found.of_devices:
             found = found._saw_round(ran, seen.ranks, seconds, self.round(ran, seen.ranks))
         if seen.lr > 0:
             found = replace(found, lr=seen.lr, most_lr=max(seen.lr, self.most_lr))
         if seen.divergence > 0 and seen.model_sq_norm > 0 and seen.steps and seen.lr > LEAST_LR:
             # with a delay too: since a snapshot an average has come, so the next holds the steps between the two
-            drift = seen.divergence / seen.model_sq_norm / seen.steps**CONSTANTS.drift_power / seen.lr**2
+            steps = seen.reach_steps if seen.reach_steps > 0 else float(seen.steps)
+            drift = seen.divergence / seen.model_sq_norm / steps**CONSTANTS.drift_power / seen.lr**2
             before = self.unit_drift if self.unit_drift > 0 else drift
             found = replace(found, unit_drift=CONSTANTS.mean_decay * before + (1 - CONSTANTS.mean_decay) * drift)
         if seen.noise_scale > 0:
@@ -116,6 +125,29 @@ class Costs:
             batch = max(self.memory_batch, ran.batch_per_rank)
             found = replace(found, memory_share=seen.memory_share, memory_batch=batch)
         return found
+
+    def _saw_devices(self, seen: Observation) -> Costs:
+        """With a round of federated devices; nothing without them."""
+        if not seen.reach_steps > 0 or not seen.steps:
+            return self
+        momentum = momentum_of(seen.reach_steps, seen.steps) if seen.steps > 1 else math.nan
+        known = self.momentum if self.of_devices else 0.0
+        found = replace(self, momentum=momentum if momentum == momentum else known)
+        if not seen.slowest_compute_s > 0:
+            return found
+        seconds = seen.slowest_compute_s / (seen.steps * seen.ran.batch_per_rank)
+        rounds = min(self.sample_rounds + 1, CONSTANTS.cohorts)
+        mean = seconds if rounds == 1 else self.sample_s + (seconds - self.sample_s) / rounds
+        return replace(found, sample_s=mean, sample_rounds=rounds)
+
+    @property
+    def of_devices(self) -> bool:
+        """Federated devices were seen."""
+        return self.momentum == self.momentum
+
+    def reach(self, steps: int) -> float:
+        """Local steps' worth that so many steps are, of an optimizer that begins anew: ‖a‖₁ of Wang et al. 2020."""
+        return reach_of(self.momentum if self.of_devices else 0.0, steps)
 
     def _saw_step(self, used: str, seconds: float) -> Costs:
         """With one more round's seconds of a local step. Once what is in use is known, what is not moves as that does:
@@ -155,6 +187,8 @@ class Costs:
         period, fragments, wire = plan.sync_period_steps, plan.fragments or 1, plan.wire_format or "float32"
         delay = delay_of(plan)
         step_s = self.step(plan.batch_per_rank)
+        if self.of_devices:
+            return period * step_s + self.transfer(wire)
         if ranks <= 1:
             return period * step_s
         if period == 1:
@@ -169,6 +203,8 @@ class Costs:
 
     def step(self, batch: int) -> float:
         """Seconds of a local step, by what was measured; NaN where nothing was."""
+        if self.of_devices:
+            return self.sample_s * batch
         start, slope, _ = self._fit
         return start + slope * batch
 
@@ -205,6 +241,9 @@ class Costs:
         """Seconds of a fragment's average, waited for or hidden beside training, which takes longer, since it shares
         the cores: measured, or from others by their bytes; NaN where none was seen."""
         name = sent_as(wire, fragments, hidden=hidden)
+        if self.of_devices and name not in self.transfer_s and self.transfer_s:
+            seen, seconds = next(iter(self.transfer_s.items()))  # on its way down a model is of float32
+            return seconds * (1 + _share(name)) / (1 + _share(seen))
         if name in ALIKE and name not in self.transfer_s:
             name = ALIKE[name]
         return self.transfer_s.get(name) or _share(name) * self._model_s[hidden]
@@ -225,6 +264,23 @@ class Costs:
     def restored(cls, state: Mapping[str, Any]) -> Costs:
         """The Costs whose `state` this is."""
         return cls(**state)
+
+
+def reach_of(momentum: float, steps: int) -> float:
+    """Σ (1 − m^i) / (1 − m) for i = 1 to `steps`: how often a round's gradients count in its steps, in all."""
+    if momentum <= 0:
+        return float(steps)
+    left = 1 - momentum
+    return (steps - momentum * (1 - momentum**steps) / left) / left
+
+
+def momentum_of(reach: float, steps: int) -> float:
+    """The momentum by which so many steps reach as far; 0 where they reach no farther than without one."""
+    low, high = 0.0, 0.999
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if reach_of(middle, steps) < reach else (low, middle)
+    return low if low > 1e-6 else 0.0
 
 
 def sent_as(wire: str, fragments: int, *, hidden: bool) -> str:

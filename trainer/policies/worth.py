@@ -24,11 +24,13 @@ class Worth:
     """Of float32 values: averages a sample, times the format's share."""
     drift: float
     """As `drift_of` tells it."""
+    reach: float = 1.0
+    """How far a step reaches, of one in an optimizer that goes on: federated devices' begin anew with every round."""
 
     @property
     def goodput(self) -> float:
         """Samples a second that teach as the smallest batch's do."""
-        return self.samples_per_s * self.efficiency
+        return self.samples_per_s * self.reach * self.efficiency
 
     def told(self) -> dict[str, Any]:
         """For a decision's record."""
@@ -43,6 +45,7 @@ class Worth:
             "samples_per_s": rate,
             "efficiency": efficiency,
             "goodput": goodput,
+            **({"reach": float(f"{self.reach:.5g}")} if self.reach != 1 else {}),
         }
 
 
@@ -63,7 +66,9 @@ def worth(plan: Plan, costs: Costs, ranks: int, base_batch: int, max_drift: floa
     if period > 1:
         efficiency *= CONSTANTS.format_worth[wire] / shortfall(costs, ranks)
     shares = CONSTANTS.bytes_of_float32["float32" if period == 1 else wire] / (period * batch * ranks)
-    return Worth(plan, ranks * batch * period / round_s if round_s > 0 else math.inf, efficiency, shares, drift)
+    rate = ranks * batch * period / round_s if round_s > 0 else math.inf
+    reach = costs.reach(period) * (1 - costs.momentum) / period if costs.of_devices else 1.0
+    return Worth(plan, rate, efficiency, shares, drift, reach)
 
 
 def shortfall(costs: Costs, ranks: int) -> float:
@@ -92,8 +97,13 @@ def drift_of(plan: Plan, costs: Costs, ranks: int) -> float:
     The more ranks the shorter periods have to be: by the bound of Yu, Yang and Zhu 2019 (arXiv 1807.06629) in
     proportion to T^(1/4) N^(-3/4), where as many samples make T steps in proportion to 1 / N, and so to 1 / N. With
     (N - 1)^1.5 they are in proportion to 1 / (N - 1), and two ranks are what the bound was found for.
+
+    Federated devices drift by how far their optimizers reach, which begin anew with every round. They count as two
+    however many there are: a cohort is a sample of all devices, and the more there are the less its mean is off.
     """
     period, delay = plan.sync_period_steps, delay_of(plan)
+    if costs.of_devices and costs.drift > 0:
+        return float(costs.drift * costs.reach(period) ** CONSTANTS.drift_power / (CONSTANTS.drift_power + 1))
     if period == 1 or not costs.drift > 0:
         return 0.0
     power = CONSTANTS.drift_power + 1

@@ -97,6 +97,8 @@ class Averager:
         self._background: Background | None = None
         self._beside = collectives
         self.flying: list[Transfer] = []
+        self.landed = 0
+        """Averages that this rank has taken, the same number on all ranks between two of them."""
 
     def open(self) -> None:
         """Begin from replicas that are one; every rank calls it."""
@@ -169,6 +171,29 @@ class Averager:
         if self._background is not None:
             self._background.close()
             self._background = None
+
+    def drop(self) -> None:
+        """Give up what is under way, which may hang for ever: its memory is not used again, and what it was to bring
+        stays to be sent."""
+        self.close()
+        self.flying, self._beside = [], self._via
+
+    def reopen(self, settings: SyncConfig) -> None:
+        """Average as these settings say from now on, from replicas that are one, in another world; outer optimizers
+        keep what they know."""
+        self.settings = settings
+        self._divide()
+        self._open_background()
+
+    def outers(self) -> list[dict[str, Any]]:
+        """The outer optimizers' state, one a flat buffer."""
+        return [{} if outer is None else outer.state_dict() for outer in self._outers]
+
+    def load_outers(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Go on with another rank's."""
+        for outer, state in zip(self._outers, states, strict=True):
+            if outer is not None:
+                outer.load_state_dict(state)
 
     @property
     def everything(self) -> range:
@@ -294,6 +319,7 @@ class Averager:
         with self._clock.waiting("sync_wait"):
             arrived = transfer.pending.result()
         self.flying.remove(transfer)
+        self.landed += 1
         self._replica.flat_parameters.adopt()
         left_out = self._via.rank in arrived.total.left_out
         for part in self._parts(transfer.fragments):

@@ -55,6 +55,18 @@ def consensus_model(
             timetable.part_again()
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[nn.Module]:
+    """The model in evaluation mode; every module has its own mode again after the block."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield model
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
 Copies = list[tuple[torch.Tensor, torch.Tensor]]
 
 

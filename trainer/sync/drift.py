@@ -38,11 +38,15 @@ class Reach:
     def begin(self) -> None:
         """A device begins."""
         groups = len(self._optimizer.param_groups)
+        self.begun = False
         self.moved = [0.0] * groups
+        self.steps = [0.0] * groups
+        """The same in steps, whatever the rate is."""
         self._momentum: list[float | None] = [None] * groups
 
     def step(self, factor: float) -> None:
         """The optimizer is about to step, with its rates times `factor`."""
+        self.begun = True
         for number, group in enumerate(self._optimizer.param_groups):
             step = 1.0 - self._pull * self.moved[number]
             momentum = float(group.get("momentum", 0.0)) if isinstance(self._optimizer, torch.optim.SGD) else 0.0
@@ -52,25 +56,29 @@ class Reach:
                 self._momentum[number] = fresh
                 step = step + momentum * fresh if group["nesterov"] else fresh
             self.moved[number] += float(group["lr"]) * factor * step
+            self.steps[number] += step
 
     def state(self) -> list[Any]:
         """For a checkpoint."""
-        return [list(self.moved), list(self._momentum)]
+        return [list(self.moved), list(self.steps), list(self._momentum), self.begun]
 
     def restore(self, state: Sequence[Any]) -> None:
         """Go on from a checkpoint."""
-        self.moved, self._momentum = list(state[0]), list(state[1])
+        self.moved, self.steps, self._momentum = (list(each) for each in state[:3])
+        self.begun = bool(state[3])
 
 
 class DeviceStore:
     """Tensors that devices of this rank keep between rounds; zeros at first.
 
-    Beyond `memory_bytes` they lie in a temporary file, which the system reads and writes as it is used.
+    What a round puts counts once it is kept; until then the tensors before it are there too. Beyond `memory_bytes` all
+    lie in a temporary file, which the system reads and writes as it is used.
     """
 
     def __init__(self, like: Flats, devices: Sequence[int], memory_bytes: int) -> None:
-        self._like, self._places = like, {device: place for place, device in enumerate(devices)}
-        self._kept: dict[int, Flats] = {}
+        self._like, self._rows = like, {device: 2 * place for place, device in enumerate(devices)}
+        self._held: dict[int, Flats] = {}
+        """By row, where there are no files. A device has two rows."""
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._files: list[Any] = []
         if sum(flat.nbytes for flat in like) * len(devices) > memory_bytes:
@@ -80,42 +88,66 @@ class DeviceStore:
                     Path(self._folder.name) / str(number),
                     dtype=np.float64 if flat.dtype == torch.float64 else np.float32,
                     mode="w+",
-                    shape=(len(devices), len(flat)),
+                    shape=(2 * len(devices), len(flat)),
                 )
                 for number, flat in enumerate(like)
             ]
-        self._written: set[int] = set()
+        self._kept: dict[int, int] = {}
+        """Row of what counts, by device."""
+        self._fresh: dict[int, int] = {}
+        """Row of what the open round has put."""
 
     def get(self, device: int) -> Flats:
-        """A device's tensors; changes to them are kept by `put` only."""
-        if device not in self._written:
-            return [torch.zeros_like(flat) for flat in self._like]
-        if self._files:
-            place = self._places[device]
-            return [
-                torch.from_numpy(np.array(file[place])).to(flat)
-                for file, flat in zip(self._files, self._like, strict=True)
-            ]
-        return self._kept[device]
+        """A device's tensors, as they count."""
+        row = self._kept.get(device)
+        return [torch.zeros_like(flat) for flat in self._like] if row is None else self._read(row)
+
+    def _read(self, row: int) -> Flats:
+        if not self._files:
+            return self._held[row]
+        return [
+            torch.from_numpy(np.array(file[row])).to(flat) for file, flat in zip(self._files, self._like, strict=True)
+        ]
 
     def put(self, device: int, flats: Flats) -> None:
-        """Keep a device's tensors."""
-        self._written.add(device)
+        """What a device is to have from the round's end on."""
+        first = self._rows[device]
+        row = first + 1 if self._kept.get(device) == first else first
+        self._fresh[device] = row
         if self._files:
             for file, flat in zip(self._files, flats, strict=True):
-                file[self._places[device]] = flat.cpu().numpy()
+                file[row] = flat.cpu().numpy()
         else:
-            self._kept[device] = flats
+            self._held[row] = flats
+
+    def keep(self) -> None:
+        """What the round has put counts from now on."""
+        for device, row in self._fresh.items():
+            self._held.pop(self._kept.get(device, -1), None)
+            self._kept[device] = row
+        self._fresh = {}
+
+    def drop(self) -> None:
+        """Forget what the round has put."""
+        for row in self._fresh.values():
+            self._held.pop(row, None)
+        self._fresh = {}
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint."""
-        return {str(device): self.get(device) for device in sorted(self._written)}
+        return {
+            name: {str(device): self._read(row) for device, row in sorted(rows.items())}
+            for name, rows in (("kept", self._kept), ("fresh", self._fresh))
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint."""
-        self._written, self._kept = set(), {}
-        for device, flats in state.items():
-            self.put(int(device), [saved.to(flat) for saved, flat in zip(flats, self._like, strict=True)])
+        self._kept, self._fresh, self._held = {}, {}, {}
+        for name in ("kept", "fresh"):
+            for device, flats in state[name].items():
+                self.put(int(device), [saved.to(flat) for saved, flat in zip(flats, self._like, strict=True)])
+            if name == "kept":
+                self.keep()
 
 
 class Drift:
@@ -129,6 +161,8 @@ class Drift:
 
     pull = 0.0
     """Strength of the pull towards the round's first model."""
+    keeps = False
+    """Devices keep tensors of the model's size between rounds."""
     normalises = False
     """Displacements are divided by how far a device's optimizer reached, and multiplied by the cohort's mean of it."""
 
@@ -156,6 +190,9 @@ class Drift:
     def end_round(self, mean: Flats, share: float, via: Collectives) -> None:
         """The ranks have one model again, this far from the round's first; every rank calls it."""
 
+    def drop_round(self) -> None:
+        """The open round is dropped, with all that its devices did."""
+
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint."""
         return {}
@@ -182,6 +219,8 @@ class Scaffold(Drift):
     """Gradient + c − c_k; c_k becomes c_k − c + Δ_k / (η ‖a_k‖₁), and c the mean of all c_k (Karimireddy et al. 2020,
     option II, with ‖a_k‖₁ in place of the number of steps so that momentum does not break it)."""
 
+    keeps = True
+
     def __init__(self, config: FederatedConfig, like: Flats, devices: Sequence[int]) -> None:
         self._common = [torch.zeros_like(flat) for flat in like]
         self._change = [torch.zeros_like(flat) for flat in like]
@@ -198,7 +237,9 @@ class Scaffold(Drift):
         reaches = spread(reach, len(displacement))
         before, fresh = self._own.get(device), []
         for moved, far, term, own, change in zip(displacement, reaches, self._terms, before, self._change, strict=True):
-            own_mean = -moved / far - term  # the mean gradient: displacements count from x to y, against it
+            # the mean gradient: displacements count from x to y, against it
+            reached = torch.as_tensor(far, dtype=moved.dtype, device=moved.device)
+            own_mean = torch.where(reached != 0, -moved / reached - term, own)  # a rate of zero tells nothing
             change.add_(own_mean - own, alpha=share)
             fresh.append(own_mean)
         self._own.put(device, fresh)
@@ -208,6 +249,12 @@ class Scaffold(Drift):
         for common, change in zip(self._common, self._change, strict=True):
             common.add_(change)
             change.zero_()
+        self._own.keep()
+
+    def drop_round(self) -> None:
+        for change in self._change:
+            change.zero_()
+        self._own.drop()
 
     def state_dict(self) -> dict[str, Any]:
         return {"common": self._common, "change": self._change, "own": self._own.state_dict(), "terms": self._terms}
@@ -223,6 +270,8 @@ class Scaffold(Drift):
 class FedDyn(Drift):
     """Loss − ⟨h_k, y⟩ + (alpha/2) ‖y − x‖²; h_k becomes h_k − alpha (y_k − x), and x the mean of y_k less h / alpha,
     where h is the mean of all h_k (Acar et al. 2021)."""
+
+    keeps = True
 
     def __init__(self, config: FederatedConfig, like: Flats, devices: Sequence[int]) -> None:
         self._alpha = config.pull
@@ -257,6 +306,10 @@ class FedDyn(Drift):
         for h, moved in zip(self._mean_h, mean, strict=True):
             displacement = (moved + h / self._alpha) / (1.0 + share)
             h.sub_(displacement, alpha=self._alpha * share)
+        self._own.keep()
+
+    def drop_round(self) -> None:
+        self._own.drop()
 
     def state_dict(self) -> dict[str, Any]:
         return {"mean_h": self._mean_h, "own": self._own.state_dict(), "terms": self._terms}

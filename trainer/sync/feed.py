@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from types import NoneType
 from typing import Any, get_args
@@ -15,10 +15,10 @@ from trainer.data.device_data import DeviceData, DeviceItems, DevicePictures
 from trainer.data.nested import put
 from trainer.data.planned import PlannedBatches, Uneven, count_steps, length_of, shard_sizes, step_sizes
 from trainer.data.reading import Collate
-from trainer.data.supply import UNKNOWN, Place, PlannedLoader, Supply, open_supply
+from trainer.data.supply import UNKNOWN, Place, PlannedLoader, Supply, open_supply, refuse_what_is_no_data_set
 from trainer.distributed.clock import Clock
 from trainer.distributed.collectives import Collectives
-from trainer.errors import ConfigError, DataError, MismatchError, require
+from trainer.errors import ConfigError, DataError, MismatchError, PeerError, require
 from trainer.plan import Plan
 from trainer.sync.gradient_average import GradientAverage
 from trainer.sync.host import Host
@@ -72,6 +72,8 @@ class Cursor:
     """Of those, the last batch."""
     left: list[int] | None = None
     """Samples left on each rank, for a DataLoader of `batch_sampler`."""
+    past: list[list[Any]] = field(default_factory=list)
+    """Of a data set that is shared out, the worlds that the pass went through: ranks, and samples left on each."""
     live: bool = field(default=False, compare=False)
     """Its loop is running."""
 
@@ -79,6 +81,11 @@ class Cursor:
     def key(self) -> Key:
         """Of its data set."""
         return self.kind, self.length, self.seed, self.shard
+
+    @property
+    def is_dealt(self) -> bool:
+        """Its samples are shared out to the ranks, and can be dealt anew."""
+        return self.kind == KINDS[-1] or (self.kind == KINDS[0] and self.shard)
 
 
 class Feed:
@@ -111,6 +118,16 @@ class Feed:
         self._pending: list[Cursor] = []
         self._taken: dict[tuple[Key, int], Sizes] = {}
         self._weighed = self._warned = self._of_loader = False
+        self._running: dict[tuple[Key, int], Pass] = {}
+        self._stream: ShardStream | None = None
+        self._past: list[Any] | None = None
+        """Of the trainer's stream, the worlds that it went through before this rank was new."""
+        self._world = 0
+        """Counts the worlds that this feed has served; a pass of an earlier one is begun anew."""
+        self.on_failure: Callable[[PeerError], bool] | None = None
+        """Mends what fails because a peer has gone; true: this rank owes the others a step. None: it is raised."""
+        self._reader: tuple[Any, Options, DeviceItems] | None = None
+        """Of devices' samples: the data and options that it was made for, and the reader."""
 
     # ---- what a step asks
 
@@ -154,6 +171,11 @@ class Feed:
         """This rank has no data of its own for the present step, which must change nothing."""
         return bool(self._taken) and self.batch_samples == 0
 
+    @property
+    def handed_out(self) -> bool:
+        """A batch was handed out whose step is not counted yet."""
+        return bool(self._taken)
+
     def end_step(self) -> None:
         """A local step was counted."""
         self._taken = {}
@@ -178,6 +200,10 @@ class Feed:
             self.told.total_samples = options.samples
         if self._host is not None:
             host = self._host
+            if options.seed:
+                raise ConfigError(
+                    f"seed = {options.seed}: devices have orders of their own; Devices(..., seed=) has it"
+                )
             return Batches(lambda: self._device_rounds(host, data, options), lambda: None)
         if isinstance(data, ShardStream):
             total = options.samples
@@ -188,6 +214,10 @@ class Feed:
 
     def batch_sampler(self, data: Any, seed: int) -> PlannedBatches:
         """Lists of indices for a DataLoader of a user's own."""
+        if self._host is not None:
+            raise ConfigError(
+                "sync.batch_sampler: devices read their shards one after another; take sync.batches(dataset)"
+            )
         return PlannedBatches(
             length_of(data),
             self.via.rank,
@@ -210,6 +240,10 @@ class Feed:
 
     def _endless(self, stream: ShardStream, total: int) -> Iterator[Any]:
         """The trainer's own stream, which fills a batch up from the next epoch."""
+        self._stream = stream
+        if self._past is not None:
+            stream.regroup(self.via.world, self._past)
+            self._past = None
         while self.progress.samples < total and not self.told.stopping:
             share = -(-(total - self.progress.samples) // self.via.size)
             with self.clock.waiting("input_wait"):
@@ -241,22 +275,38 @@ class Feed:
             if lone == MOST_LONE_ROUNDS:
                 raise ConfigError(
                     f"min_reports: too few devices reported in {lone} rounds in a row, up to round "
-                    f"{self.progress.rounds}; raise deadline_s, or lower min_reports"
+                    f"{self.progress.rounds}; raise deadline_s or availability, or lower min_reports"
                 )
 
     def _device_items(self, data: Any, options: Options) -> DeviceData:
+        refuse_what_is_no_data_set(data)
         if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
             raise ConfigError(
                 f"data = {type(data).__name__}: devices need a data set with a length and items by index; "
                 "their shards are indices of it"
             )
-        return DeviceItems(data, self.via.world.device, options.collate_fn, options.workers)
+        assert self._host is not None
+        self._host.devices.require_within(len(data))
+        if self._reader is not None:
+            of, by, reader = self._reader
+            if of is data and (by.collate_fn, by.workers) == (options.collate_fn, options.workers):
+                return reader
+            self.close()
+        reader = DeviceItems(data, self.via.world.device, options.collate_fn, options.workers)
+        self._reader = data, options, reader
+        return reader
+
+    def close(self) -> None:
+        """End processes that read devices' samples."""
+        if self._reader is not None:
+            self._reader[-1].close()
+            self._reader = None
 
     def _passes(self, data: Any, options: Options) -> Iterator[Any]:
         """One pass, or as many as `samples` asks for."""
         while True:
-            this = self._begin(data, options)
-            yield from self._run(this)
+            this = self._begun_by_all(data, options)
+            this = yield from self._run(this, data, options)
             done = options.samples is None or this.done >= options.samples or self.told.stopping
             if not done and this.cursor.kind == "generator":
                 warnings.warn(
@@ -268,21 +318,123 @@ class Feed:
             if done:
                 return
 
-    def _run(self, this: Pass) -> Iterator[Any]:
-        cursor = this.cursor
+    def _run(self, this: Pass, data: Any, options: Options) -> Generator[Any, None, Pass]:
+        """The batches of a pass, also where the ranks change on the way; what it is in the end."""
         try:
             while not self.told.stopping and not this.limit_reached:
-                found = this.next()
+                if this.world != self._world:
+                    this = self._begun_by_all(data, options, this)
+                try:
+                    found = this.next()
+                except PeerError as error:
+                    if self._mended(error):
+                        yield self._alone(this)
+                    continue
+                cursor = this.cursor
                 if found is None:
                     if cursor in self._open:
                         self._open.remove(cursor)
-                    return
+                    return this
                 batch, sizes = found
                 self._hand_out(cursor, sizes)
                 yield batch
+            return this
         finally:
-            cursor.live = False
+            this.cursor.live = False
+            self._running.pop((this.cursor.key, this.cursor.number), None)
             this.supply.close()
+
+    def _begun_by_all(self, data: Any, options: Options, going: Pass | None = None) -> Pass:
+        while True:
+            try:
+                return self._begin(data, options, going)
+            except PeerError as error:
+                if self._mended(error):
+                    raise  # the others are a step ahead, and there is no batch to take it with
+
+    def _mended(self, error: PeerError) -> bool:
+        """Have it mended; whether this rank owes a step.
+
+        Raises:
+            PeerError: nobody does.
+        """
+        if self.on_failure is None:
+            raise error
+        return self.on_failure(error)
+
+    def _alone(self, this: Pass) -> Any:
+        """A batch for a step that the others are in already; it counts for nothing."""
+        batch = this.spare()
+        self._taken = {((), 0): [None] * self.via.rank + [0] + [None] * (self.via.size - self.via.rank - 1)}
+        return batch
+
+    # ---- other ranks
+
+    @property
+    def in_hand(self) -> bool:
+        """A batch was given out, and its step is not yet counted."""
+        return bool(self._taken)
+
+    def lefts(self) -> list[list[Any]]:
+        """Of every running pass whose samples can be dealt anew: its key, its number, and what is left on each rank."""
+        return [
+            [[*key], number, self._left(this)] for (key, number), this in self._running.items() if this.cursor.is_dealt
+        ]
+
+    def _left(self, this: Pass) -> list[int]:
+        if this.world == self._world:
+            return this.lefts()
+        return shard_sizes(sum(this.cursor.past[-1][1]), self.via.size)  # dealt anew, and not yet begun
+
+    def read(self) -> list[Any] | None:
+        """How far the trainer's stream is: the worlds before, and samples in this one."""
+        return None if self._stream is None else [list(self._stream.past), self._stream.consumed]
+
+    def regroup(
+        self, places: Sequence[tuple[int, Mapping[str, Any]]], ranks: int, state: Mapping[str, Any] | None
+    ) -> None:
+        """The ranks are others now: what is left of running passes is dealt anew.
+
+        Args:
+            places: of those that go on, each one's rank of before, its `lefts` and `read`; the furthest first.
+            ranks: of before.
+            state: another rank's, of a rank that is new.
+        """
+        self._world += 1
+        lefts = [(rank, place["lefts"]) for rank, place in places]
+        self._regroup_stream([(rank, place["read"]) for rank, place in places if place["read"]], ranks)
+        if state is not None:
+            self.load_state_dict(state)
+            self._running = {}
+        going = [this.cursor for this in self._running.values()]
+        going += [each for each in self._pending if each not in going]
+        for cursor in going:
+            told = {
+                rank: [left for key, n, left in theirs if ((*key,), n) == (cursor.key, cursor.number)]
+                for rank, theirs in lefts
+            }
+            known = [(rank, found[0]) for rank, found in told.items() if found]
+            if cursor.is_dealt and known:
+                left = list(known[0][1])
+                for rank, own in known:
+                    left[rank] = own[rank]
+                cursor.past.append([ranks, left])
+                cursor.consumed, cursor.last, cursor.left = 0, 0, None
+        self._open = [each for each in self._open if each not in going]
+        self._pending = going
+
+    def _regroup_stream(self, places: Sequence[tuple[int, Sequence[Any]]], ranks: int) -> None:
+        if not places:
+            return
+        past, read = places[0][1]
+        reads = [read] * ranks
+        for rank, (_, own) in places:
+            reads[rank] = own
+        past = [*past, [ranks, reads]]
+        if self._stream is None:
+            self._past = past
+        else:
+            self._stream.regroup(self.via.world, past)
 
     def _hand_out(self, cursor: Cursor, sizes: Sizes) -> None:
         """Note a batch of the present step: several of one pass are added up, and what another pass left is dropped."""
@@ -312,22 +464,36 @@ class Feed:
 
     # ---- beginning a pass
 
-    def _begin(self, data: Any, options: Options) -> Pass:
-        """Open the data on every rank, compare, and begin the next pass or go on with one of a checkpoint."""
+    def _begin(self, data: Any, options: Options, going: Pass | None = None) -> Pass:
+        """Open the data on every rank, compare, and begin the next pass or go on with one of a checkpoint.
+
+        Args:
+            data: of the user.
+            options: of the call.
+            going: the pass that is going on in another world; data of a rank's own is read on where it is.
+        """
         problem: Exception | None = None
         supply, cursor = None, None
         facts = dict.fromkeys(("length", "kind", "number", "left"), -1) | {"ended": True}
+        own = going if going is not None and not going.cursor.is_dealt else None
+        world = self._world
         try:
-            supply = open_supply(
-                data,
-                self._place(options),
-                collate=options.collate_fn,
-                workers=options.workers,
-                shard=options.shard,
-            )
-            cursor = self._cursor(supply, options)
+            if own is not None:
+                supply, cursor = own.supply, own.cursor
+                supply.look_ahead(self.ahead(), self.plan.batch_per_rank)
+            else:
+                if going is not None:
+                    going.supply.close()
+                supply = open_supply(
+                    data,
+                    self._place(options),
+                    collate=options.collate_fn,
+                    workers=options.workers,
+                    shard=options.shard,
+                )
+                cursor = self._cursor(supply, options)
             facts = {"length": supply.length, "kind": KINDS.index(supply.kind), "number": cursor.number}
-            facts["left"] = self._seek(supply, cursor, options)
+            facts["left"] = sum(supply.left) if own is not None else self._seek(supply, cursor, options)
             facts["ended"] = supply.ended
         except (ConfigError, DataError) as error:
             problem = error
@@ -341,7 +507,12 @@ class Feed:
         assert supply is not None
         assert cursor is not None
         self._compare(told, options)
-        return self._enter(supply, cursor, options, told)
+        this = self._enter(supply, cursor, options, told, own)
+        this.world = world
+        if going is not None and this.last is None:
+            this.last = going.last
+        self._running[cursor.key, cursor.number] = this
+        return this
 
     def _place(self, options: Options) -> Place:
         return Place(self.via.rank, self.via.size, self.via.world.device, options.seed)
@@ -351,10 +522,10 @@ class Feed:
         left from the cursor on."""
         with self.clock.waiting("input_wait"):
             if isinstance(supply, PlannedLoader):
-                supply.begin_with(cursor.number, cursor.left)
+                cursor.left = supply.begin_with(cursor.number, cursor.left, self._place(options), cursor.past)
                 return 0
             back = cursor.last if options.uneven == "go_on" else 0
-            supply.begin(cursor.number, cursor.consumed - back)
+            supply.begin(cursor.number, cursor.consumed - back, cursor.past)
             if not supply.by_samples:
                 return 0
             supply.look_ahead(self.ahead(), self.plan.batch_per_rank + back)
@@ -364,7 +535,14 @@ class Feed:
         """Steps to look ahead for a vote: a world of one needs none."""
         return self.window() if self.via.size > 1 else 1
 
-    def _enter(self, supply: Supply, cursor: Cursor, options: Options, told: Sequence[Mapping[str, float]]) -> Pass:
+    def _enter(
+        self,
+        supply: Supply,
+        cursor: Cursor,
+        options: Options,
+        told: Sequence[Mapping[str, float]],
+        before: Pass | None,
+    ) -> Pass:
         """Begin this pass; those whose loops were left are over."""
         self._begun[cursor.key] = max(self._begun.get(cursor.key, 0), cursor.number + 1)
         self._pending = [each for each in self._pending if each is not cursor]
@@ -374,8 +552,8 @@ class Feed:
         if isinstance(supply, PlannedLoader):
             return AsPlanned(self, supply, cursor, options, done)
         if supply.by_samples:
-            return BySamples(self, supply, cursor, options, done, told)
-        return ByBatches(self, supply, cursor, options, done)
+            return BySamples(self, supply, cursor, options, done, told, before)
+        return ByBatches(self, supply, cursor, options, done, before)
 
     def _cursor(self, supply: Supply, options: Options) -> Cursor:
         """The first interrupted pass of the checkpoint over such a data set, else a new one."""
@@ -525,7 +703,21 @@ class Pass(ABC):
         self.done = done
         self.last: Any = None
         """The last batch, to be repeated by a rank that has no more."""
+        self.world = 0
+        """Of the feed, when it began."""
         self._problem: Exception | None = None
+
+    def lefts(self) -> list[int]:
+        """Samples left on each rank, where they can be dealt anew."""
+        return []
+
+    def spare(self) -> Any:
+        """A batch of this rank's, which need not be read in its turn.
+
+        Raises:
+            PeerError: there is none.
+        """
+        raise PeerError(f"ranks went on without this one while it began to read the {self.cursor.kind}")
 
     @property
     def limit_reached(self) -> bool:
@@ -588,17 +780,30 @@ class BySamples(Pass):
         options: Options,
         done: int,
         told: Sequence[Mapping[str, float]],
+        before: Pass | None = None,
     ) -> None:
         super().__init__(feed, supply, cursor, options, done)
         self._ahead = feed.ahead(), feed.plan.batch_per_rank
-        self._again(cursor.last)
+        if before is None:
+            self._again(cursor.last)
+        else:
+            self.last = before.last
         self._hear(told)
-        if not cursor.consumed:
+        if not cursor.consumed and not cursor.past:
             feed.refuse_nothing(self._left, cursor.kind)
 
     def _hear(self, told: Sequence[Mapping[str, float]]) -> None:
         self._left = [int(rank["left"]) for rank in told]
         self._ended = [bool(rank["ended"]) for rank in told]
+
+    def lefts(self) -> list[int]:
+        return list(self._left)
+
+    def spare(self) -> Any:
+        count = min(self.feed.plan.batch_per_rank, sum(self.supply.left))
+        if not count:
+            return super().spare()
+        return put(self.supply.take(count, lambda: iter((count,))), self.feed.via.world.device)
 
     def _planned(self, done: int, planned: int) -> int:
         """The Plan's batch, less where the samples asked for end."""
@@ -645,10 +850,20 @@ class BySamples(Pass):
 class ByBatches(Pass):
     """A DataLoader's own batches: at a vote each rank tells the sizes of those that it has read ahead."""
 
-    def __init__(self, feed: Feed, supply: Supply, cursor: Cursor, options: Options, done: int) -> None:
+    def __init__(
+        self,
+        feed: Feed,
+        supply: Supply,
+        cursor: Cursor,
+        options: Options,
+        done: int,
+        before: Pass | None = None,
+    ) -> None:
         super().__init__(feed, supply, cursor, options, done)
         self._ahead = feed.ahead()
-        if options.uneven == "go_on" and cursor.last:
+        if before is not None:
+            self.last = before.last
+        elif options.uneven == "go_on" and cursor.last:
             self._look_ahead(1, 0)
             if self._problem is None and supply.left:
                 self._again(1)
@@ -687,6 +902,9 @@ class ByBatches(Pass):
 class AsPlanned(Pass):
     """A DataLoader of `batch_sampler`, whose sizes every rank computes."""
 
+    def lefts(self) -> list[int]:
+        return list(self.cursor.left or ())
+
     def next(self) -> tuple[Any, Sizes] | None:
         assert isinstance(self.supply, PlannedLoader)
         with self.feed.clock.waiting("input_wait"):
@@ -694,7 +912,8 @@ class AsPlanned(Pass):
         if found is None:
             return None
         batch, sizes = found
-        left = self.cursor.left or shard_sizes(self.supply.length, self.feed.via.size)
+        assert self.cursor.left is not None
+        left = self.cursor.left
         self.cursor.left = [each - size for each, size in zip(left, sizes, strict=True)]
         self.cursor.consumed += sizes[self.feed.via.rank]
         told: Sizes = [*sizes]

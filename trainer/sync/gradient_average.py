@@ -22,7 +22,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDSt
 
 from trainer.config.sync import GradientFormat
 from trainer.distributed.collectives import Collectives
-from trainer.errors import MismatchError
+from trainer.errors import MismatchError, PeerError
 from trainer.sync.gradient_notes import GradientNotes
 from trainer.sync.replica import Replica
 from trainer.wire.flat import real_view
@@ -140,6 +140,9 @@ class GradientAverage:
         self._more = 0.0
         self.weight: float | None = None
         """Weight of this rank's gradient in the latest mean; None: one of N."""
+        self.on_failure: Callable[[PeerError], None] | None = None
+        """Mends what fails because a peer has gone; None: it is raised."""
+        self._failed: PeerError | None = None
         self._lock = threading.RLock()  # backward passes of several devices run hooks on several threads
 
     @property
@@ -267,7 +270,7 @@ class GradientAverage:
 
     def _arrived(self, bucket: Bucket, number: int, parameter: torch.Tensor) -> None:
         """A parameter's gradient is there; buckets leave in one order on every rank."""
-        if self._quiet:
+        if self._quiet or self._failed is not None:
             return
         with self._lock:
             self._begin()
@@ -278,8 +281,9 @@ class GradientAverage:
                     "sent: use checkpoint(..., use_reentrant=False), or sync.no_sync() round all passes but the last"
                 )
             bucket.waiting.discard(number)
-            while self._next < len(self._buckets) and not self._buckets[self._next].waiting:
-                self._send_next()
+            with self._survivable():
+                while self._next < len(self._buckets) and not self._buckets[self._next].waiting:
+                    self._send_next()
 
     def _send_next(self) -> None:
         bucket = self._buckets[self._next]
@@ -287,7 +291,6 @@ class GradientAverage:
         with torch.no_grad():
             bucket.pack()
             bucket.own = self._notes.bucket(bucket.flat) if self._notes is not None else None
-            self._weigh(bucket.flat)
             self._send(bucket)
 
     def _weigh(self, flat: torch.Tensor) -> None:
@@ -302,6 +305,9 @@ class GradientAverage:
         via, flat = self.collectives, bucket.flat
         if bucket.last:
             via.begin_overlap()
+        if self.on_failure is not None:
+            flat = flat.clone()  # this rank's own gradient is kept, to be averaged with those who are left
+        self._weigh(flat)
         if self._powersgd is not None:
             self._send_compressed(self._powersgd, bucket)
         elif self.gradient_format == "bf16":
@@ -333,16 +339,44 @@ class GradientAverage:
             self._outermost = False
             if not self._open:
                 return
-            while self._next < len(self._buckets):
-                self._send_next()
-            used = self._used()
-            for bucket in self._buckets:
-                if bucket.work is not None:
-                    mean, work = bucket.work
-                    self.collectives.wait(work, OPERATION)
-                    if mean is not bucket.flat:
-                        bucket.flat.copy_(mean)
-            self._finish(*used)
+            with self._survivable():
+                self._exchange()
+            failed, self._failed = self._failed, None
+            if failed is not None and self.on_failure is not None:
+                self._open = False
+                self.on_failure(failed)
+
+    def _exchange(self) -> None:
+        if self._failed is not None:
+            return
+        while self._next < len(self._buckets):
+            self._send_next()
+        total, work = self._used()
+        for bucket in self._buckets:
+            if bucket.work is not None:
+                self.collectives.wait(bucket.work[1], OPERATION)
+        self.collectives.wait(work, OPERATION)
+        for bucket in self._buckets:
+            if bucket.work is not None and bucket.work[0] is not bucket.flat:
+                bucket.flat.copy_(bucket.work[0])
+        self._finish(total)
+
+    @contextmanager
+    def _survivable(self) -> Iterator[None]:
+        """Where somebody mends it, a failure is kept to the pass's end: autograd must not be broken off."""
+        try:
+            yield
+        except PeerError as error:
+            if self.on_failure is None:
+                raise
+            self._failed = error
+
+    def again(self) -> None:
+        """Average the gradients that are there, once more, with those who are left."""
+        with self._lock:
+            if self.on:
+                self._start()
+                self._end()
 
     def _used(self) -> tuple[torch.Tensor, Any]:
         """Begin to sum `HEAD` over the ranks, and how many have a gradient for each parameter."""
@@ -359,9 +393,8 @@ class GradientAverage:
             start += len(bucket.parameters)
         return total, self.collectives.begin_sum_(total, OPERATION)
 
-    def _finish(self, total: torch.Tensor, work: Any) -> None:
+    def _finish(self, total: torch.Tensor) -> None:
         via = self.collectives
-        via.wait(work, OPERATION)
         on_host = total.device.type == "cpu"
         if on_host:  # reading it would make a GPU wait
             self._compare(total)

@@ -52,6 +52,12 @@ class GradientNotes:
         self._sketch_sq = 0.0
         self._apart = False
 
+    def begin_world(self, *, alone: bool) -> None:
+        """The ranks are others now: begin the next observation."""
+        self._alone, self._rest = alone, 0
+        self._buckets = []
+        self.begin()
+
     def begin_part(self) -> None:
         """Another device begins within the observation: its first gradient is noted too."""
         self._steps = self._rest = 0

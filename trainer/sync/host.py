@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -22,26 +22,14 @@ from trainer.federated.devices import Devices
 from trainer.federated.profiles import Profile
 from trainer.plan import Plan
 from trainer.sync.drift import RULES, Drift, Flats, Reach
+from trainer.sync.gathered import Gathered, Reached, Sent
 from trainer.sync.gradient_notes import GradientNotes
-from trainer.sync.layout import movable
 from trainer.sync.replica import Replica
+from trainer.sync.rests import Named, Rests
 
-
-@dataclass
-class Gathered:
-    """What this rank's devices have added up for one average."""
-
-    sums: Flats
-    """Of displacements, each times its weight and scale; of models under fedasync."""
-    weight: float = 0.0
-    scaled: float = 0.0
-    """Of weights times scales."""
-    sq_norms: float = 0.0
-    """Of the squared norms of what was added, times the weights."""
-    share: float = 0.0
-    """Of the devices' shares in the objective."""
-    reach: float = 0.0
-    """Of how far optimizers reached, times the weights."""
+STEP_BETWEEN = "a scheduler steps within a round; call scheduler.step() where sync.between_rounds is true"
+INTERCHANGEABLE = {"fedavg", "fedprox", "fednova"}
+"""Rules that keep nothing between rounds."""
 
 
 class Host:
@@ -63,7 +51,8 @@ class Host:
         self, devices: Devices, replica: Replica, notes: GradientNotes, via: Collectives, *, recalibrates: bool
     ) -> None:
         self.devices, self.config = devices, devices.config
-        self._replica, self._notes, self._via, self._recalibrates = replica, notes, via, recalibrates
+        self._replica, self._notes, self._via = replica, notes, via
+        self._rests = Rests(replica, via, recalibrates=recalibrates, mixes=self.config.rule == "fedasync")
         count = self.config.devices or 0
         self.mine = list(range(via.rank, count, via.size))
         """Numbers of the devices that this rank hosts."""
@@ -74,11 +63,16 @@ class Host:
         self.left_out: list[int] = []
         """This rank's devices of the latest round whose models were not finite."""
         self._turn, self._steps = 0, 0
-        self._held: dict[int, tuple[Visit, Flats]] = {}
+        self._held: dict[int, Sent] = {}
+        """By draw."""
+        self._before: dict[str, Any] = {}
+        """The rounds as they were before the open one."""
+        self._rates: list[float] | None = None
+        """Learning rates by which the open round's devices begin; None before the first."""
         self._reach = Reach(replica.optimizer, 0.0)
         self._cohorts: Cohorts | None = None
         self._rule: Drift | None = None
-        self._share, self._gain = 0.0, 1.0
+        self._share, self._gain, self._reach_steps = 0.0, 1.0, math.nan
         self._round_from = 0
 
     # ---- before the first round
@@ -97,14 +91,34 @@ class Host:
             parameters = sum(flat.numel() for flat in self._replica.flat_parameters.buffers)
             fleet = Fleet(self.config, self._sizes(count), profile, self.devices.seed, parameters)
             self._cohorts = open_cohorts(fleet)
+        self._take_members()
+        if self._rule is None:  # what devices keep outlives a block
+            self._rule = RULES[self.config.rule](self.config, self._sums, self.mine)
+        self._reach = Reach(self._replica.optimizer, self.rule.pull)
+
+    def _take_members(self) -> None:
+        """Make room for the parameters that are trained now."""
         flats = self._replica.flat_parameters.adopt()
         self._start = [flat.clone() for flat in flats]
         self._views = self._replica.flat_parameters.views_of(self._start)
         like = [torch.zeros((), dtype=torch.promote_types(f.dtype, torch.float32), device=f.device) for f in flats]
         self._sums = [torch.zeros_like(kind).expand(len(f)).clone() for kind, f in zip(like, flats, strict=True)]
-        if self._rule is None:  # what devices keep outlives a block
-            self._rule = RULES[self.config.rule](self.config, self._sums, self.mine)
-        self._reach = Reach(self._replica.optimizer, self.rule.pull)
+
+    def relayout(self) -> None:
+        """Layers were unfrozen, frozen, added or replaced; every rank calls it, between two rounds.
+
+        Raises:
+            ConfigError: devices keep something for each parameter.
+        """
+        before = [len(flat) for flat in self._sums]
+        self._take_members()
+        self._replica.remember_rests()
+        keeps = self.rule.keeps or bool(self._held)
+        if keeps and before != [len(flat) for flat in self._sums]:
+            raise ConfigError(
+                f"rule = {self.config.rule!r}: devices keep a model's size of their own, and other parameters are "
+                f"trained from round {self.cohorts.number} on; train the same ones all along, or choose fedavg"
+            )
 
     def _sizes(self, count: int) -> tuple[int, ...]:
         shards = self.devices.shards
@@ -134,6 +148,11 @@ class Host:
         assert self._cohorts is not None
         return self._cohorts
 
+    @property
+    def is_open(self) -> bool:
+        """The block was entered, now or before."""
+        return self._cohorts is not None and self._rule is not None
+
     def check(self, plans: list[Plan]) -> None:
         """Refuse what no round of these Plans could do.
 
@@ -149,16 +168,16 @@ class Host:
         """Draw the next round; every rank comes to the same one. Goes on with one that a checkpoint interrupted."""
         if self.round is not None:
             return
+        self._before = self.cohorts.state_dict()
         self.round = self.cohorts.next(plan)
-        self.ever |= {visit.device for visit in self.round.visits}
+        self._rates = None
         self._turn, self._steps, self._round_from = 0, 0, local_step
         self.left_out = []
         flats = self._replica.flat_parameters.adopt()
         for start, flat in zip(self._start, flats, strict=True):
             start.copy_(flat)
         self._gathered = Gathered([sums.zero_() for sums in self._sums])
-        self._buffers = {name: tensor.clone() for name, tensor in self._live_buffers().items()}
-        self._buffer_sums = {name: torch.zeros_like(tensor) for name, tensor in self._buffers.items()}
+        self._rests.begin_round()
         if self.visit is not None:
             self._begin_visit(self.visit)
 
@@ -215,10 +234,27 @@ class Host:
         """
         if self.round is None or self.visit is None:
             return
+        if not self._reach.begun:
+            self._compare_rates(self.visit.device)
         if self.config.rule in CORRECTING:
             self._require_gradients(with_closure=with_closure)
             self._correct()
         self._reach.step(factor)
+
+    def _compare_rates(self, device: int) -> None:
+        """A device's first update in a round: all devices begin by the same rates, whoever went before.
+
+        Raises:
+            ConfigError: names the rate, and the mend.
+        """
+        rates = [float(group["lr"]) for group in self._replica.optimizer.param_groups]
+        self._rates = self._rates or rates
+        for number, (before, now) in enumerate(zip(self._rates, rates, strict=False)):
+            if now != before:
+                raise ConfigError(
+                    f"the learning rate of group {number} is {now} for device {device}, and was {before} for the "
+                    f"round's first: {STEP_BETWEEN}"
+                )
 
     def _require_gradients(self, *, with_closure: bool) -> None:
         said = f"rule = {self.config.rule!r}: adds to the gradient before optimizer.step"
@@ -229,19 +265,25 @@ class Host:
 
     @torch.no_grad()
     def _correct(self) -> None:
-        parameters: list[torch.Tensor] = [each for each in self._replica.parameters if each.numel()]
+        members: list[torch.Tensor] = [each for each in self._replica.parameters if each.numel()]
+        parameters = [each for each in members if each.requires_grad]  # not those that were frozen since
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             elif parameter.grad.layout != torch.strided:
                 parameter.grad = parameter.grad.to_dense()
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+
+        def of_trained(views: list[torch.Tensor]) -> list[torch.Tensor]:
+            return [view for view, each in zip(views, members, strict=True) if each.requires_grad]
+
         if self.rule.pull:
-            moved = [parameter - start for parameter, start in zip(parameters, self._views, strict=True)]
+            starts = of_trained(self._views)
+            moved = [parameter - start for parameter, start in zip(parameters, starts, strict=True)]
             torch._foreach_add_(gradients, moved, alpha=self.rule.pull)
         terms = self.rule.terms()
         if terms is not None:
-            views = self._replica.flat_parameters.views_of(terms)
+            views = of_trained(self._replica.flat_parameters.views_of(terms))
             torch._foreach_add_(gradients, [v.to(g.dtype) for v, g in zip(views, gradients, strict=True)])
 
     def stepped(self) -> bool:
@@ -278,9 +320,7 @@ class Host:
     def _restore(self) -> None:
         for flat, start in zip(self._replica.flat_parameters.adopt(), self._start, strict=True):
             flat.copy_(start)
-        for name, tensor in self._live_buffers().items():
-            if name in self._buffers:
-                tensor.copy_(self._buffers[name])
+        self._rests.restore()
 
     @torch.no_grad()
     def _end_visit(self, visit: Visit) -> None:
@@ -292,43 +332,30 @@ class Host:
         if not math.isfinite(sq_norm):
             self.left_out.append(visit.device)
             return
-        fleet, far = self.cohorts.fleet, self._reach.moved
-        self.rule.end(visit.device, fleet.share(visit.device), moved, self._by_group(far))
-        if self.rule.normalises:  # groups' rates are in the same proportion on every device
-            moved = [part / far[0] for part in moved]
-            sq_norm /= far[0] ** 2
+        fleet, reached = self.cohorts.fleet, self._reach.moved
+        self.rule.end(visit.device, fleet.share(visit.device), moved, self._by_group(reached))
+        far = max(reached)  # groups' rates are in the same proportion on every device
+        own = Reached(far, max(self._reach.steps))
+        if self.rule.normalises and far:
+            moved = [part / far for part in moved]
+            sq_norm /= far**2
         if self.config.rule == "fedasync":
             moved = [flat.to(sums, copy=True) for flat, sums in zip(flats, self._sums, strict=True)]
         heard = next(
             (each for each in self.round.heard if each.draw == visit.draw and each.device == visit.device), None
         )
+        rests = self._rests.taken()
         if heard is None:
-            self._held[visit.draw] = visit, moved
+            self._held[visit.draw] = Sent(visit, moved, rests, own)
         else:
-            self._add(heard, moved, sq_norm, far[0])
-        if not self._recalibrates and heard is not None:
-            for name, tensor in self._live_buffers().items():
-                self._add_buffer(name, tensor, heard.weight)
+            self._add(heard, moved, rests, sq_norm, own)
 
-    def _add_buffer(self, name: str, tensor: torch.Tensor, weight: float) -> None:
-        """Of floating-point buffers the changes are added up, of counters the largest is kept."""
-        if name not in self._buffers:
-            return
-        moved, summed = tensor - self._buffers[name], self._buffer_sums[name]
-        if tensor.is_floating_point():
-            summed.add_(moved, alpha=weight)
-        else:
-            torch.maximum(summed, moved, out=summed)
-
-    def _add(self, heard: Heard, moved: Flats, sq_norm: float, far: float) -> None:
+    def _add(self, heard: Heard, moved: Flats, rests: Named, sq_norm: float, reached: Reached) -> None:
         gathered = self._gathered
+        self._rests.add(rests, heard.weight, heard.scale)
         for sums, part in zip(gathered.sums, moved, strict=True):
             sums.add_(part, alpha=heard.weight * heard.scale)
-        gathered.weight += heard.weight
-        gathered.scaled += heard.weight * heard.scale
-        gathered.sq_norms += heard.weight * heard.scale**2 * sq_norm
-        gathered.share += self.cohorts.fleet.share(heard.device)
-        gathered.reach += heard.weight * far
+        gathered.add(heard.weight, heard.scale, sq_norm, self.cohorts.fleet.share(heard.device), reached)
 
     def _by_group(self, values: list[float]) -> float | Flats:
         """A number for every parameter, from one for each parameter group."""
@@ -356,8 +383,9 @@ class Host:
         assert self.round is not None
         for heard in self.round.heard:
             if heard.draw in self._held:
-                _, moved = self._held.pop(heard.draw)
-                self._add(heard, moved, math.fsum(float(torch.dot(part, part)) for part in moved), 0.0)
+                sent = self._held[heard.draw]
+                sq_norm = math.fsum(float(torch.dot(part, part)) for part in sent.moved)
+                self._add(heard, sent.moved, sent.rests, sq_norm, sent.reached)
         self._refuse_moved()
         gathered = self._gathered
         self._share, tau = self._agree(gathered)
@@ -376,8 +404,8 @@ class Host:
             if offset is not None:
                 mean -= offset[number]
             flat.copy_(start + mean)
-        self._mean_buffers()
-        if not self._via.sum_numbers([len(self.left_out)])[0]:
+        self._rests.mean(gathered.weight)
+        if not self._compare_ranks():
             return ()
         return tuple(sorted(device for theirs in self._via.gather_objects(self.left_out) for device in theirs))
 
@@ -387,7 +415,8 @@ class Host:
         Raises:
             ConfigError: names one that has moved.
         """
-        moved = self._replica.moved(buffers=False)
+        new = self._rests.unfrozen()  # these are taken with the buffers
+        moved = [name for name in self._replica.moved(buffers=False) if name not in new]
         if moved:
             raise ConfigError(
                 f"parameter {moved[0]!r} requires no gradient, and moved: devices begin anew with what is trained and "
@@ -395,28 +424,30 @@ class Host:
             )
 
     def _agree(self, gathered: Gathered) -> tuple[float, float]:
-        """What all ranks' devices have together, where the rule asks: their share of the objective, and by how much the
-        mean of normalised displacements is to be multiplied."""
-        if self.config.rule not in ("fednova", "feddyn"):
-            return 0.0, 1.0
-        weight, share, reach = self._via.sum_numbers([gathered.weight, gathered.share, gathered.reach])
+        """What all ranks' devices have together: their share of the objective, and by how much the mean of normalised
+        displacements is to be multiplied."""
+        mine = [gathered.weight, gathered.share, gathered.reach, gathered.steps]
+        weight, share, reach, steps = self._via.sum_numbers(mine)
+        self._reach_steps = steps / weight if weight else math.nan
         return share, reach / weight if self.rule.normalises and weight else 1.0
 
-    def _mean_buffers(self) -> None:
-        """Floating-point buffers become the devices' weighted mean on every rank, and counters the largest; under
-        recalibration they stay."""
-        if not self._buffer_sums or self._recalibrates:
-            return
-        total = self._via.sum_numbers([self._gathered.weight])[0]
-        if not total:
-            return
-        floats = {name: each for name, each in sorted(self._buffer_sums.items()) if each.is_floating_point()}
-        counts = {name: each for name, each in sorted(self._buffer_sums.items()) if not each.is_floating_point()}
-        self._via.mean_([*floats.values()], 1.0)  # a sum
-        self._via.max_([*counts.values()])
-        live = self._live_buffers()
-        for name, summed in {**{name: each / total for name, each in floats.items()}, **counts}.items():
-            live[name].copy_(self._buffers[name] + summed)
+    def _compare_ranks(self) -> int:
+        """The most devices that any rank left out.
+
+        Raises:
+            ConfigError: the devices of one rank began by other learning rates than those of another.
+        """
+        groups = len(self._replica.optimizer.param_groups)
+        rates = self._rates or [-math.inf] * groups
+        lowest = [-rate for rate in self._rates] if self._rates else [-math.inf] * groups
+        most, *rest = self._via.most_numbers([len(self.left_out), *rates, *lowest])
+        for number, (high, low) in enumerate(zip(rest[:groups], rest[groups:], strict=True)):
+            if high != -low and math.isfinite(high):
+                raise ConfigError(
+                    f"the learning rate of group {number} is {-low} on one rank and {high} on another in round "
+                    f"{self.cohorts.number}: {STEP_BETWEEN}"
+                )
+        return int(most)
 
     def weigh(self, report: Report) -> Report:
         """This rank's report, weighed by its devices; what it took is the virtual clock's."""
@@ -443,7 +474,8 @@ class Host:
             "compute_s": self.round.compute_s,
             "slowest_compute_s": self.round.slowest_compute_s,
             "transfer_s": self.round.transfer_s,
-            "sync_wait_s": 0.0,
+            "sync_wait_s": max(0.0, self.round.ended_s - self.round.began_s - self.round.slowest_compute_s),
+            "reach_steps": self._reach_steps,
         }
 
     @torch.no_grad()
@@ -454,24 +486,30 @@ class Host:
         flats = self._replica.flat_parameters.adopt()
         mean = [flat.to(sums) - start for flat, sums, start in zip(flats, self._sums, self._start, strict=True)]
         self.rule.end_round(mean, self._share, self._via)
+        self.ever |= {visit.device for visit in ended.visits}
+        for heard in ended.heard:
+            self._held.pop(heard.draw, None)
         self._replica.reset_state()
         self._replica.remember_rests()
         self.round = None
         return ended
 
-    def abandon(self) -> None:
-        """The loop ends within a round: its devices' work is dropped, and the model is the round's first again."""
-        if self.round is not None:
-            self._restore()
-            self.round = None
+    def abandon(self) -> int | None:
+        """The loop ends within a round: all that its devices did is dropped, and the model is the round's first again.
 
-    def _live_buffers(self) -> dict[str, torch.Tensor]:
-        """Buffers that are numbers: statistics and counters."""
-        return {
-            name: buffer.data
-            for name, buffer in self._replica.model.named_buffers()
-            if movable(buffer) and buffer.dtype != torch.bool and not buffer.is_complex()
-        }
+        Returns:
+            The local step at which the round began; None where none is open.
+        """
+        if self.round is None:
+            return None
+        self._restore()
+        self._replica.reset_state()
+        self.cohorts.load_state_dict(self._before)
+        for visit in self.round.visits:
+            self._held.pop(visit.draw, None)
+        self.rule.drop_round()
+        self.round = None
+        return self._round_from
 
     # ---- checkpoints
 
@@ -481,31 +519,49 @@ class Host:
             "cohorts": self.cohorts.state_dict(),
             "rule": self.rule.state_dict(),
             "ever": sorted(self.ever),
-            "held": {str(draw): [asdict(visit), moved] for draw, (visit, moved) in self._held.items()},
+            "held": {
+                str(draw): [asdict(sent.visit), sent.moved, sent.rests, [*sent.reached]]
+                for draw, sent in self._held.items()
+            },
             "round": None,
+            "about": {"rule": self.config.rule, "sizes": list(self.cohorts.fleet.sizes)},
         }
         if self.round is not None:
-            kept = {name: getattr(self._gathered, name) for name in ("weight", "scaled", "sq_norms", "share", "reach")}
+            kept = {
+                name: getattr(self._gathered, name)
+                for name in ("weight", "scaled", "sq_norms", "share", "reach", "steps")
+            }
             state["round"] = {
                 "round": asdict(self.round),
                 "turn": [self._turn, self._steps, self._round_from],
                 "gathered": {**kept, "sums": self._gathered.sums},
                 "start": self._start,
-                "buffers": self._buffers,
-                "buffer_sums": self._buffer_sums,
+                "rests": self._rests.state_dict(),
+                "before": self._before,
+                "rates": self._rates,
                 "reach": self._reach.state(),
                 "left_out": self.left_out,
             }
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint, once the model is loaded."""
+        """Go on from a checkpoint, once the model is loaded.
+
+        Raises:
+            ConfigError: it is of other devices, or of another rule.
+        """
+        self._refuse_others(state["about"])
         self.cohorts.load_state_dict(state["cohorts"])
         self.rule.load_state_dict(state["rule"])
         self.ever = set(state["ever"])
         self._held = {
-            int(draw): (Visit(**visit), [part.to(sums) for part, sums in zip(moved, self._sums, strict=True)])
-            for draw, (visit, moved) in state["held"].items()
+            int(draw): Sent(
+                Visit(**visit),
+                [part.to(sums) for part, sums in zip(moved, self._sums, strict=True)],
+                {name: tensor.to(self._start[0].device) for name, tensor in rests.items()},
+                Reached(*reached),
+            )
+            for draw, (visit, moved, rests, reached) in state["held"].items()
         }
         saved = state["round"]
         self.round = None
@@ -517,12 +573,23 @@ class Host:
             for flat, value in zip(mine, theirs, strict=True):
                 flat.copy_(value)
         self._gathered = Gathered(**{**saved["gathered"], "sums": self._sums})
-        device = self._start[0].device
-        self._buffers, self._buffer_sums = (
-            {name: tensor.to(device) for name, tensor in saved[key].items()} for key in ("buffers", "buffer_sums")
-        )
+        self._rests.load_state_dict(saved["rests"])
+        self._before, self._rates = saved["before"], saved["rates"]
         self._reach.restore(saved["reach"])
         self.left_out = list(saved["left_out"])
+
+    def _refuse_others(self, about: Mapping[str, Any]) -> None:
+        sizes, mine = about["sizes"], self.cohorts.fleet.sizes
+        if len(sizes) != len(mine):
+            raise ConfigError(f"devices = {len(mine)}: the state is of {len(sizes)}; give the same devices")
+        for device, (before, now) in enumerate(zip(sizes, mine, strict=True)):
+            if before != now:
+                raise ConfigError(
+                    f"shards: device {device} has {now} samples, and had {before} in the state; give the same shards"
+                )
+        rule, saved = self.config.rule, about["rule"]
+        if rule != saved and not {rule, saved} <= INTERCHANGEABLE:
+            raise ConfigError(f"rule = {rule!r}: the state is of {saved!r}, which keeps other things; set it back")
 
 
 def check_devices(config: FederatedConfig, optimizer: torch.optim.Optimizer, *, scaled: bool) -> None:
@@ -535,6 +602,10 @@ def check_devices(config: FederatedConfig, optimizer: torch.optim.Optimizer, *, 
     if config.rule in ("scaffold", "feddyn") and not plain:
         raise ConfigError(
             f"rule = {config.rule!r}: devices need torch.optim.SGD, not {type(optimizer).__name__}; choose fedavg"
+        )
+    if config.rule in CORRECTING and any(group.get("maximize") for group in optimizer.param_groups):
+        raise ConfigError(
+            f"rule = {config.rule!r}: adds to the gradient of a loss; negate the loss, with maximize=False"
         )
     fused = any(group.get("fused") for group in optimizer.param_groups)
     if config.rule in CORRECTING and scaled and fused:

@@ -7,10 +7,10 @@ import re
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -28,15 +28,16 @@ from trainer.distributed.clock import Clock
 from trainer.distributed.collectives import Collectives
 from trainer.distributed.launcher import node_name
 from trainer.distributed.world import World
-from trainer.errors import ConfigError, MismatchError
+from trainer.errors import ConfigError, MismatchError, PeerError
 from trainer.federated.devices import Devices
 from trainer.log import LOG
 from trainer.plan import Plan
 from trainer.policies import Policy
 from trainer.policies.base import policy_of
 from trainer.sync.averager import Averager, share
-from trainer.sync.consensus import consensus_model
+from trainer.sync.consensus import consensus_model, evaluating
 from trainer.sync.early_end import EarlyEnd
+from trainer.sync.elastic import Elastic, Regrouped, Standing, Stateful
 from trainer.sync.feed import Batches, Feed, Options
 from trainer.sync.given_noise import GivenNoise, directions, excess
 from trainer.sync.gradient_average import GradientAverage
@@ -50,6 +51,8 @@ from trainer.sync.step_response import step_response
 from trainer.sync.synced_model import SyncedModel
 from trainer.sync.timetable import Timetable
 from trainer.sync.transition import Transition
+
+T = TypeVar("T")
 
 
 class LocalSGD:
@@ -114,19 +117,25 @@ class LocalSGD:
         self.world = world or World.current(device, group)
         self.clock = clock or Clock(device)
         self.settings = settings
-        self._response = step_response(optimizer)
+        self._response = 1.0 if devices else step_response(optimizer)  # devices average parameters at any period
         self.controller = Controller(policy, self._response)
         self.collectives = Collectives(self._levelled(self.world), self.clock, settings.bucket_bytes)
         self.world = self.collectives.world
         self._inside = False
         self.replica = Replica(model, optimizer, self.collectives, keeps_state=settings.state != "average")
         averages_gradients = [] if devices else [plan for plan in policy.plans() if plan.averages == "gradients"]
-        _check_optimizer(optimizer, averages_gradients=bool(averages_gradients) and self.world.size > 1)
+        many = self.world.size > 1 or self.world.members is not None
+        _check_optimizer(optimizer, averages_gradients=bool(averages_gradients) and many)
+        if self.world.members is not None:
+            _check_elastic(settings, devices)
         self._gradients, self._noise = GradientAverage(settings.gradient_format, self.replica), GivenNoise()
         self._gradients.more = self._noise_weight
-        splits = bool(averages_gradients or settings.node_period_steps == 1) and self.world.size > 1
+        splits = bool(averages_gradients or settings.node_period_steps == 1) and many
         self.model: nn.Module = SyncedModel(model, self._gradients, splits_graphs=splits)
         """The model to call: one object for the whole run, in all phases."""
+        self._elastic: Elastic | None = None
+        self._is_lasting = self._absorbs = False
+        """The others have counted this rank's present step already."""
         self._wire_up()
 
     def _wire_up(self) -> None:
@@ -146,6 +155,10 @@ class LocalSGD:
         self._transition = Transition(*averaging, self._progress.notes, self.settings, self._scaler)
         gathered = self._told, self._progress, self.collectives, self.clock
         self._feed = Feed(*gathered, self._gradients, self.settings.observe_steps, self._host)
+        if self.world.members is not None:
+            parts = self.replica, self._averager, self._timetable, self._gradients
+            self._elastic = Elastic(self.world.members, *parts, self._told, self._progress, self._feed)
+            self._gradients.on_failure, self._feed.on_failure = self._mend_gradients, self._mend_feed
         # a local step without data of its own changes nothing
         self._rate = ScaledRate(
             self.optimizer, self._before_update, lambda: self._inside and self._feed.idle and not self._gradients.on
@@ -179,8 +192,14 @@ class LocalSGD:
         self._inside = True
         self.world.board.begin()
         try:
-            self._compare_settings()
             self._rate.open()
+            if self._elastic is not None:
+                self._elastic.begin()
+                self._averager.open()
+                self._regroup(None)
+                self.clock.start()
+                return self
+            self._compare_settings()
             self.replica.make_one()
             self._averager.open()
             if self._host is not None:
@@ -203,10 +222,12 @@ class LocalSGD:
             MismatchError: names the field, and every rank's value.
         """
         facts = {"policy": self.controller.policy, "settings": self.settings, "plan": self.plan}
+        facts = {f"{name} of LocalSGD": value for name, value in facts.items()}
+        if self.devices is not None:
+            facts |= self.devices.alike()
         mine = {name: re.sub(r" at 0x[0-9a-f]+", "", repr(value)) for name, value in facts.items()}
-        packed = round(100 * self._response) * 2**32 + zlib.crc32(
-            repr(mine).encode()
-        )  # one number, which a float holds exactly
+        # one number, which a float holds exactly
+        packed = round(100 * self._response) * 2**32 + zlib.crc32(repr(mine).encode())
         everyones = [divmod(rank["packed"], 2**32) for rank in self.collectives.gather({"packed": packed})]
         self._told.step_response = min(response for response, _ in everyones) / 100
         if len({digest for _, digest in everyones}) == 1:
@@ -214,7 +235,7 @@ class LocalSGD:
         everyone = self.collectives.gather_objects(mine)
         name = next(name for name in mine if len({theirs[name] for theirs in everyone}) > 1)
         sides = ", ".join(f"{theirs[name]} on rank {rank}" for rank, theirs in enumerate(everyone))
-        raise MismatchError(f"the {name} of LocalSGD is {sides}; give all ranks the same")
+        raise MismatchError(f"the {name} is {sides}; give all ranks the same")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -224,6 +245,7 @@ class LocalSGD:
                 last = self.local_step
                 with self.world.board.saying(f"ended its loop after local step {last}", last):
                     self.finish()
+                last = self.local_step
                 self.world.board.say(f"ended its loop after local step {last}", after_step=last)
         except BaseException as late:
             error = late
@@ -234,12 +256,23 @@ class LocalSGD:
     def _leave(self, error: BaseException | None) -> None:
         if error is not None:
             self.world.board.say(told(error))
+        if self.world.members is not None:
+            self.world.members.leave("ended its loop" if error is None else told(error))
+        self._abandon()
+        self._feed.close()
         self.clock.stop()
         self._averager.close()
         self._gradients.take_off()
         self._rate.close()
         self.replica.release()
         self._inside = False
+
+    def _abandon(self) -> None:
+        """Drop an open round of devices, as if it had not begun."""
+        began = None if self._host is None else self._host.abandon()
+        if began is not None:
+            self._progress.drop_round(began)
+            self._feed.end_step()
 
     def _require_inside(self, what: str) -> None:
         if not self._inside:
@@ -299,9 +332,12 @@ class LocalSGD:
     def _before_update(self, with_closure: bool) -> float:
         """The optimizer is about to step, and asks by what to scale its rate."""
         self.clock.overlap_ends()
-        if not with_closure:  # else it computes the gradients itself
+        if not with_closure and not self._absorbs:  # else it computes the gradients itself, or makes no update
             self._gradients.join()
-        self._progress.updates += 1
+        if not self._absorbs:
+            self._progress.updates += 1
+            if self._elastic is not None and self._gradients.on:
+                self._elastic.did()
         if self._host is not None:
             self._host.before_update(self.lr_scale, with_closure=with_closure)
         notes = self._progress.notes
@@ -371,7 +407,10 @@ class LocalSGD:
 
     def passes(self, data: Any, *, seed: int = 0, shard: bool = True) -> int:
         """Passes over such a data set (of one kind, length and seed) that are over; one that a checkpoint interrupted
-        is not. The arguments are those of `batches`."""
+        is not. The arguments are those of `batches`. With devices a call of `batches` is a round, and these are the
+        rounds that are over."""
+        if self._host is not None:
+            return self.rounds
         return self._feed.passes(data, Options(seed=seed, shard=shard))
 
     def no_sync(self) -> AbstractContextManager[None]:
@@ -391,13 +430,23 @@ class LocalSGD:
         if not self._gradients.on:
             return lambda: math.isfinite(loss.item())
         via = self._gradients.collectives
-        vote = via.begin_sum(loss)
+        vote = self._agreed_or_own(lambda: via.begin_sum(loss))
 
         def answer() -> bool:
             self.clock.overlap_ends()  # the backward pass, which this follows, has waited for the last gradient
-            return math.isfinite(via.end_sum(vote))
+            total = None if vote is None else self._agreed_or_own(lambda: via.end_sum(vote))
+            return math.isfinite(loss.item() if total is None else total)
 
         return answer
+
+    def _agreed_or_own(self, ask: Callable[[], T]) -> T | None:
+        """An answer of all ranks, or None where one has gone, which the average of gradients will notice."""
+        try:
+            return ask()
+        except PeerError:
+            if self._elastic is None:
+                raise
+            return None
 
     def step(
         self,
@@ -427,17 +476,35 @@ class LocalSGD:
             PeerError: a peer left.
         """
         self._require_inside("step")
+        if self._host is not None and not self._feed.handed_out:
+            raise ConfigError(
+                "sync.step: with devices each call is for one batch of sync.batches(dataset), which goes through this "
+                "rank's devices in turn; take batches from there, and call sync.step once for each"
+            )
         count, mean = self._counted(samples), _one_number(loss)
         if self._feed.idle:
             mean, count, correct, right = torch.zeros_like(mean), 0, None, None
+        if self._absorbs:
+            self._absorbs = False
+            self._feed.end_step()
+            return []
+        correct = correct if correct is not None else right
         with torch.inference_mode(mode=False):
-            heard = self._step(mean, count, skipped=skipped, correct=correct if correct is not None else right)
+            heard = self._lasting(lambda: self._step(mean, count, skipped=skipped, correct=correct)) or []
+            if self._told.admitting and self._progress.round_steps == 0:
+                self._regroup(None)
         self.world.board.step = self.local_step + 1
         for each in heard:
             if each.left_out:
                 warnings.warn(
                     f"round {each.seen.round}: the replica of rank {', '.join(map(str, each.left_out))} held values "
                     "that are not finite; it was left out of the average, and took the others'",
+                    stacklevel=2,
+                )
+            if each.devices is not None and each.devices.left_out:
+                warnings.warn(
+                    f"round {each.seen.round}: the model of device {', '.join(map(str, each.devices.left_out))} held "
+                    "values that are not finite; it was left out of the average",
                     stacklevel=2,
                 )
         return heard
@@ -456,6 +523,8 @@ class LocalSGD:
 
     def _step(self, loss: torch.Tensor, count: int, *, skipped: bool, correct: torch.Tensor | None) -> list[Round]:
         self.clock.overlap_ends()
+        if self._elastic is not None:
+            self._progress.admits = self._elastic.admits
         if skipped and self._gradients.on:
             self._gradients.forget()
         self._gradients.join()  # a rank that had nothing to train takes part all the same
@@ -488,15 +557,18 @@ class LocalSGD:
         With devices an open round is dropped: the model is the last consensus model.
         """
         if self._host is not None:
-            self._host.abandon()
+            self._abandon()
             return []
         ended = self.settle()
+        self._lasting(self._finish, again=True)
+        return ended
+
+    def _finish(self) -> None:
         with torch.inference_mode(mode=False):
             self._timetable.make_one()
             if self._timetable.layout_changed:
                 self._relayout(self.plan)
             self.replica.unite(buffers=self.settings.batch_norm == "average")
-        return ended
 
     def settle(self) -> list[Round]:
         """End the open round early, and take what is under way, so that an evaluation may follow.
@@ -507,6 +579,9 @@ class LocalSGD:
         if self._host is not None:
             self._require_between_rounds("settle")
             return []
+        return self._lasting(self._settle, again=True) or []
+
+    def _settle(self) -> list[Round]:
         waits = self.world.board.saying(f"evaluates or ends after local step {self.local_step}", self.local_step)
         with waits, torch.inference_mode(mode=False):
             if self.plan.averages != "parameters":
@@ -548,8 +623,21 @@ class LocalSGD:
             calibration: inputs of this rank for `batch_norm = recalibrate`.
         """
         self.settle()
-        with consensus_model(self.replica, self._timetable, self.settings.batch_norm, calibration) as model:
-            yield model
+        about = self.replica, self._timetable, self.settings.batch_norm, calibration
+        opened: list[AbstractContextManager[nn.Module]] = []
+
+        def enter() -> None:
+            found = consensus_model(*about)
+            found.__enter__()
+            opened.append(found)
+
+        with ExitStack() as ends:
+            self._lasting(enter, again=True)
+            if opened:
+                ends.push(opened[0])
+            else:
+                ends.enter_context(evaluating(self.replica.model))
+            yield self.replica.model
 
     def saw_accuracy(self, accuracy: float) -> None:
         """Tell the policy an evaluation's result (the same number on every rank)."""
@@ -653,15 +741,129 @@ class LocalSGD:
         self._early.forget()
         self._transition.relayout(plan)
         self._timetable.layout_mended()
+        if self._host is not None:
+            self._host.relayout()
 
     def rewrap(self) -> None:
         """Begin gradient averaging afresh where it is on, as a run resumed from here does."""
         self._transition.wrap(self.plan)
 
+    # ---- ranks that come and go
+
+    def together(self, work: Callable[[], T]) -> T | None:
+        """Do something of the loop's own that has collectives, such as an evaluation over all ranks' shares.
+
+        Where ranks come and go, it is done again with those who are left; not where the others had finished it when
+        this rank was cut off: then the answer is None. Elsewhere it is just done.
+        """
+        self._require_inside("together")
+        return self._lasting(work, again=True)
+
+    def carry(self, name: str, thing: Stateful) -> None:
+        """Have newcomers take this thing's state: a scheduler, a counter of the loop's own.
+
+        Call it inside the block, before the loop, on every rank; on a newcomer it loads the others' state.
+
+        Args:
+            name: the same on every rank.
+            thing: with `state_dict` and `load_state_dict`; its state is pickled.
+        """
+        self._require_inside("carry")
+        if self._elastic is not None:
+            self._elastic.carry(name, thing)
+
+    def regroupings(self) -> list[Regrouped]:
+        """How the ranks have changed since this was last asked; `world` is what they are now."""
+        if self._elastic is None:
+            return []
+        heard, self._elastic.heard = self._elastic.heard, []
+        return heard
+
+    @property
+    def is_newcomer(self) -> bool:
+        """This rank came when the others had begun: do first what they do after `step`."""
+        return self._elastic is not None and self._elastic.is_new
+
+    def _lasting(self, work: Callable[[], T], *, again: bool = False) -> T | None:
+        """Do what needs the other ranks. Where some have gone and may, those who are left become one, and the work is
+        done again or not."""
+        if self._elastic is None or self._is_lasting:  # what is done within it is done again with it
+            return work()
+        while True:
+            self._is_lasting = True
+            try:
+                result = work()
+            except PeerError as error:
+                if self._regroup(error).behind or not again:
+                    return None
+            else:
+                self._elastic.did()
+                return result
+            finally:
+                self._is_lasting = False
+
+    def _regroup(self, cause: PeerError | None) -> Standing:
+        """Go on with those who are there.
+
+        Raises:
+            PeerError: nobody may go, or too few are left.
+        """
+        if self._elastic is None:
+            assert cause is not None
+            raise cause
+        with self.clock.off("other"), torch.inference_mode(mode=False):
+            return self._elastic.regroup(cause, self._place_in_run, self._go_on_from, admit=cause is None)
+
+    def _place_in_run(self) -> dict[str, Any]:
+        """What a rank that goes on from here must know, besides the model, the optimizer and the data."""
+        counts = {name: getattr(self._progress, name) for name in ("local_step", "rounds")}
+        about = {"clock": self.clock.state_dict(), "outers": self._averager.outers(), "saving": self._told.saving}
+        return {**about, **counts, "told": self._told.state_dict()}
+
+    def _go_on_from(self, state: Mapping[str, Any] | None, unheard: int) -> None:
+        """Be at this place, in the world that the collectives have now; None: at the beginning."""
+        self.world = self.collectives.world
+        if state is not None:
+            if self.local_step == 0 and state["local_step"]:
+                self.clock.load_state_dict(state["clock"])
+            self._told.go_on(state["told"], unheard)
+            self._told.saving = state["saving"]
+            self._progress.go_on(state["local_step"], state["rounds"])
+        else:
+            self._progress.go_on(0, 0)
+        self._averager.reopen(self.settings.under(self.plan))
+        if state is not None:
+            self._averager.load_outers(state["outers"])
+        self._timetable.begin_anew()
+        self._early.forget()
+        if state is not None and self.plan.averages == "gradients":
+            self._transition.unite()
+        self.rewrap()
+        self._early.begin_round(self.plan)
+        self.world.board.step = self.local_step
+
+    def _mend_gradients(self, error: PeerError) -> None:
+        """Gradients could not be averaged: do it again with those who are left."""
+        if self._regroup(error).behind:
+            self._absorb_step()
+        else:
+            self._gradients.again()
+
+    def _absorb_step(self) -> None:
+        """The others have made this update already, and this rank has taken what came of it."""
+        self._absorbs = True
+        for parameter in self.replica.parameters:
+            parameter.grad = None
+
+    def _mend_feed(self, error: PeerError) -> bool:
+        return self._regroup(error).owes_step
+
     # ---- checkpoints
 
     def state_dict(self) -> dict[str, Any]:
         """The place within round and phase, for a checkpoint; model and optimizer are saved by their owners."""
+        if self._host is not None and not self._host.is_open:
+            raise RuntimeError("sync.state_dict was called before its block: with devices, call it inside or after")
         return {
             "ranks": self.world.size,
             "progress": self._progress.state_dict(),
@@ -690,6 +892,9 @@ class LocalSGD:
             raise ConfigError(
                 f"state of LocalSGD is of {state['ranks']} ranks, and there are {self.world.size}: start as many"
             )
+        if (self._host is None) != (state["devices"] is None):
+            sides = ("devices", "none") if self._host is None else ("no devices", "some")
+            raise ConfigError(f"state of LocalSGD is of {sides[0]}, and there are {sides[1]}: give LocalSGD the same")
         self._progress.load_state_dict(state["progress"])
         if self.replica.load_state_dict(state["replica"]):
             self._averager.retake()
@@ -713,7 +918,15 @@ class LocalSGD:
 
         Args:
             saved: rank 0's `state_dict()` of the ranks that wrote it.
+
+        Raises:
+            ConfigError: there are devices, whose data and state are private to the rank that hosts them.
         """
+        if self._host is not None:
+            raise ConfigError(
+                f"state of LocalSGD is of {saved['ranks']} ranks, and there are {self.world.size}: devices stay with "
+                "the rank that hosts them; start as many"
+            )
         self.load_state_dict(regrouped(self.state_dict(), saved))
         self.replica.remember_rests()
         self._early.begin_round(self.plan)
@@ -736,6 +949,22 @@ def _check_kinds(model: Any, optimizer: Any, world: Any, scaler: Any, devices: A
     for name, given, kind, mend in wanted:
         if not isinstance(given, kind):
             raise ConfigError(f"{name} is a {type(given).__name__}: must be {mend}")
+
+
+def _check_elastic(settings: SyncConfig, devices: Devices | None) -> None:
+    """Refuse what a world whose ranks come and go cannot have.
+
+    Raises:
+        ConfigError: names the setting.
+    """
+    for name, given, least in (
+        ("node_period_steps", settings.node_period_steps, None),
+        ("ranks_per_node", settings.ranks_per_node, None),
+        ("devices", devices and f"{devices.config.devices} devices", None),
+        ("gradient_format", settings.gradient_format if settings.gradient_format == "powersgd" else None, None),
+    ):
+        if given is not least:
+            raise ConfigError(f"{name} = {given}: not where ranks come and go; leave it out, or use a fixed world")
 
 
 def _check_optimizer(optimizer: Optimizer, *, averages_gradients: bool) -> None:

@@ -56,6 +56,8 @@ class Part:
     def __init__(self, values: torch.Tensor, settings: SyncConfig, world: World, outer: Outer | None) -> None:
         self.values = values
         self._world = world
+        self._keeps_values = world.members is not None
+        """Where a collective may be broken off, none works in the replica's own memory."""
         self._mixing = settings.mixing
         self._base: torch.Tensor | None = None
         self._outer = outer
@@ -153,8 +155,9 @@ class Part:
     def pack(self, *, delayed: bool) -> float:
         """Make ready what is sent; the squared norm of this rank's share of the divergence."""
         if self._base is None:
-            if delayed:
-                _present(self._mean).copy_(_present(self._beside).snapshot)
+            if delayed or self._keeps_values:
+                self._make_room()
+                _present(self._mean).copy_(_present(self._beside).snapshot if delayed else self.values)
             return _squared(self._consumed(delayed=delayed)).item()
         self._make_room()
         if delayed:
@@ -169,7 +172,8 @@ class Part:
         """The tensor that the exchange consumes: it becomes the mean, or the loss."""
         if self._exchange.lossy:
             return _present(self._owed)
-        return self.values if self._base is None and not delayed else _present(self._mean)
+        in_place = self._base is None and not delayed and not self._keeps_values
+        return self.values if in_place else _present(self._mean)
 
     def _agreed(self, *, delayed: bool) -> torch.Tensor:
         """The model that the ranks agreed on: the same bits on every rank."""

@@ -12,7 +12,7 @@ import torch
 from torch.optim import Optimizer
 
 from trainer.config.sync import SyncConfig
-from trainer.control.reports import STOP, Report
+from trainer.control.reports import ADMIT, STOP, Report
 from trainer.control.rounds import Rounds
 from trainer.distributed.clock import Clock
 from trainer.distributed.collectives import Collectives
@@ -70,6 +70,8 @@ class Progress:
         """Seconds that this rank's latest transfer took; NaN before the first."""
         self.wish = 0.0
         """What this rank was asked for, and has not told the others."""
+        self.admits = False
+        """This rank knows of a newcomer."""
         self.by_devices = by_devices
         self.ledger = Ledger(device)
         self.notes = GradientNotes(device, settings.observe_steps, alone=collectives.size == 1 and not by_devices)
@@ -111,6 +113,12 @@ class Progress:
         self.rounds += 1
         self.round_steps = 0
 
+    def drop_round(self, local_step: int) -> None:
+        """The open round did not begin; it would have after this local step."""
+        self.local_step, self.round_steps, self.updates = local_step, 0, 0
+        self.ledger.begin(self._clock.read(), self._collectives.sent_bytes)
+        self.notes.begin()
+
     def place(self) -> Report:
         """This rank's report as it is now, which ranks compare and weigh an average by."""
         plan, times, optimizer = self.plan, self._clock.read(), self._replica.optimizer
@@ -140,7 +148,7 @@ class Progress:
         sample, norm = self._replica.sample(self.rounds) if averages == "gradients" and world.size > 1 else (0.0, 0.0)
         report = replace(
             self.place(),
-            wish=self.wish,
+            wish=self.wish + (ADMIT if self.admits else 0.0),
             state_layout=self._replica.state_layout(),
             changed=self._replica.changed(),
             sample=sample,
@@ -157,6 +165,14 @@ class Progress:
         self.updates = 0
         self.wish = self.wish if self.wish == STOP else 0.0
         return report
+
+    def go_on(self, local_step: int, rounds: int) -> None:
+        """Be at another rank's place, between two rounds, in another world."""
+        self.local_step, self.rounds, self.round_steps, self.updates = local_step, rounds, 0, 0
+        self.transfer_s = math.nan
+        self.wish = self.wish if self.wish == STOP else 0.0
+        self.ledger.begin(self._clock.read(), self._collectives.sent_bytes)
+        self.notes.begin_world(alone=self._collectives.size == 1 and not self.by_devices)
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint."""

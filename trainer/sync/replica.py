@@ -55,6 +55,10 @@ class Replica:
         """
         Layout.compare(self.layout, self.collectives)
         self.collectives.broadcast_(self.flat_parameters.adopt())
+        self.give_rests()
+
+    def give_rests(self) -> None:
+        """Give every rank rank 0's values of all that is no member."""
         rests = self.rests()
         self._give([rests[name].data for name in self._differing()])
         self.remember_rests()
@@ -213,8 +217,15 @@ class Replica:
     def _give_state(self) -> None:
         """Give every rank rank 0's optimizer state."""
         via = self.collectives
-        mine = {i: _to(self.optimizer.state.get(p, {}), "cpu") for i, p in self._stepped()} if via.rank == 0 else None
-        theirs = via.gather_objects(mine)[0]
+        self.take_whole_state(via.gather_objects(self.whole_state() if via.rank == 0 else None)[0])
+
+    def whole_state(self) -> dict[int, Any]:
+        """The optimizer's state in memory of the host, by the parameter's number."""
+        return {i: _to(self.optimizer.state.get(p, {}), "cpu") for i, p in self._stepped()}
+
+    def take_whole_state(self, theirs: Mapping[int, Any]) -> None:
+        """Go on with another rank's `whole_state`."""
+        self._state_layout = (-1, 0)
         for index, parameter in self._stepped():
             devices = {
                 key: value.device.type

@@ -41,6 +41,17 @@ class Timetable:
         """The replicas are equal on all ranks."""
         return self._are_one
 
+    @property
+    def samples_apart(self) -> int:
+        """Trained by this rank since the replicas were last one."""
+        return 0 if self._are_one else self._samples_apart
+
+    def begin_anew(self) -> None:
+        """The replicas were made one in another world; what was under way is dropped, and delays are measured again."""
+        self._are_one, self._samples_apart = True, 0
+        self._apart = self._sq_norm = 0.0
+        self._delay.forget()
+
     def stepped(self, plan: Plan, samples: int) -> None:
         """This rank trained so many samples in a local step of this Plan."""
         if self._are_one:

@@ -53,7 +53,7 @@ class Transition:
         if before.averages == "gradients":
             self._averager.rebase()
         elif plan.averages == "gradients":
-            self._unite()
+            self.unite()
         if "gradients" in (plan.averages, before.averages):
             self.wrap(plan)
 
@@ -62,7 +62,7 @@ class Transition:
         self._timetable.part_again()
         self._timetable.make_one()
         self._averager.rebase()
-        self._unite()
+        self.unite()
         self.wrap(plan)
 
     def relayout(self, plan: Plan) -> None:
@@ -74,10 +74,10 @@ class Transition:
         self._timetable.make_one()
         self._averager.relayout()
         if plan.averages == "gradients":
-            self._unite()
+            self.unite()
         self.wrap(plan)
 
-    def _unite(self) -> None:
+    def unite(self) -> None:
         """Make optimizer state, loss scale and all that is no member the same on every rank."""
         if self._settings.state == "reset":
             self._replica.reset_state()

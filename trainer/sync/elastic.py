@@ -1,0 +1,241 @@
+"""Ranks that come and go: those that are left make one model of their replicas and go on, and newcomers take it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from trainer.control.rounds import Rounds
+from trainer.distributed.members import NOWHERE, Members
+from trainer.errors import PeerError, TooFewError
+from trainer.log import LOG
+from trainer.sync.averager import Averager
+from trainer.sync.feed import Feed
+from trainer.sync.gradient_average import GradientAverage
+from trainer.sync.layout import Layout
+from trainer.sync.progress import Progress
+from trainer.sync.replica import Replica, mean_values
+from trainer.sync.timetable import Timetable
+
+Facts = Mapping[str, Any]
+State = dict[str, Any]
+Load = Callable[[State | None, int], None]
+
+
+class Stateful(Protocol):
+    """What newcomers must know to be like the others: a scheduler, a counter of the loop's own."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Its state."""
+
+    def load_state_dict(self, state: dict[str, Any], /) -> Any:
+        """Be as another rank's was."""
+
+
+@dataclass(frozen=True)
+class Regrouped:
+    """The ranks have changed."""
+
+    epoch: int
+    """The number of the new group, from 0."""
+    ranks: int
+    """That take part now."""
+    rank: int
+    """This one's, now."""
+    left: Mapping[int, str]
+    """Ranks of before that are not there any more, with what is known of why."""
+    joined: tuple[int, ...]
+    """New ranks."""
+    local_step: int
+    took_s: float
+    """From the failure, or the wish, to the new group."""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How this rank stands to the others after they have met."""
+
+    behind: bool
+    """The others had finished what this rank was doing: it took their model, and need not do it again."""
+    owes_step: bool
+    """They have a batch in hand, and this rank has none."""
+
+
+class Elastic:
+    """Meets the members, makes their replicas one, and gives each what it must know to go on.
+
+    Two counts tell how far a member is. `place` counts what ranks do together, one thing after another: a member with a
+    smaller one was cut off in something that the others had finished, and need not do it again. `landed` counts
+    averages: what a member with a smaller one moved is in the others' model already, so it takes theirs. All that are
+    equally far average their replicas, weighted by the samples that each trained since they were last one.
+    """
+
+    def __init__(
+        self,
+        members: Members,
+        replica: Replica,
+        averager: Averager,
+        timetable: Timetable,
+        gradients: GradientAverage,
+        told: Rounds,
+        progress: Progress,
+        feed: Feed,
+    ) -> None:
+        self._members, self._replica, self._averager, self._timetable = members, replica, averager, timetable
+        self._gradients, self._told, self._progress, self._feed = gradients, told, progress, feed
+        self._via = replica.collectives
+        self._carried: dict[str, Stateful] = {}
+        self._arrived: State = {}
+        self.place = 0
+        self._standing = Standing(behind=False, owes_step=False)
+        self._world = -1
+        """The number of the last epoch whose first rank's place this rank took."""
+        self.is_new = False
+        """This rank came when others had begun."""
+        self.heard: list[Regrouped] = []
+        """Since they were last taken."""
+
+    def begin(self) -> None:
+        """This rank enters, and knows nothing of the others."""
+        self.place = self._world = -1
+        self._members.begin()
+
+    @property
+    def admits(self) -> bool:
+        """A newcomer waits."""
+        return self._members.knocked
+
+    def carry(self, name: str, thing: Stateful) -> None:
+        """Newcomers get this thing's state; a newcomer itself takes it now."""
+        self._carried[name] = thing
+        if name in self._arrived:
+            thing.load_state_dict(self._arrived.pop(name))
+
+    def did(self) -> None:
+        """Something that ranks do together is done."""
+        self.place += 1
+
+    def regroup(self, cause: PeerError | None, state: Callable[[], State], load: Load, *, admit: bool) -> Standing:
+        """Meet the others until a group of them has become one.
+
+        Args:
+            cause: what failed; None: newcomers are to be let in.
+            state: this rank's place in the run.
+            load: goes on from the first rank's state and all ranks' samples; without a state, from the beginning.
+            admit: let newcomers in.
+
+        Raises:
+            PeerError: too few are left, or the store is gone.
+        """
+        began, facts = time.monotonic(), self._facts()
+        self._standing = Standing(behind=False, owes_step=False)
+        while True:
+            if cause is not None:
+                self._members.ask(str(cause).splitlines()[0])
+            place = self.place
+            try:
+                self._meet(began, facts, state, load, admit=admit)
+                return self._standing
+            except TooFewError:
+                raise
+            except PeerError as error:
+                LOG.debug("regrouping failed: %s", error)
+                cause = error
+                if self.place != place:  # it has gone on, and failed after that
+                    facts = self._facts()
+
+    def _facts(self) -> Facts:
+        is_in = self._members.epoch is not None
+        return {
+            "place": NOWHERE if self.place < 0 else [self.place, self._averager.landed],
+            "apart": self._timetable.samples_apart,
+            "own": self._told.unheard() + self._progress.ledger.samples,
+            "world": self._world,
+            "rank": self._via.rank if is_in else -1,
+            "ranks": self._via.size if is_in else 0,
+            "in_hand": self._feed.in_hand,
+            "lefts": self._feed.lefts(),
+            "read": self._feed.read(),
+        }
+
+    def _meet(self, began: float, facts: Facts, state: Callable[[], State], load: Load, *, admit: bool) -> None:
+        self._gradients.take_off()
+        self._averager.drop()
+        self._members.abandon()
+        epoch = self._members.meet(facts, admit=admit)
+        everyone = epoch.facts
+        mine = everyone[epoch.members.index(self._members.number)]
+        self._via.regroup(self._via.world.of_epoch(epoch))
+        (furthest, landed), place = everyone[0]["place"], mine["place"][0]
+        behind = place < furthest
+        made = self._made_one(everyone)
+        sent, optimizer = None, None
+        if furthest >= 0:
+            sent = self._via.object_of_first(lambda: self._sent(state))
+            if any(each["place"][0] < furthest for each in everyone):
+                optimizer = self._via.object_of_first(self._replica.whole_state)
+                self._replica.give_rests()
+        else:
+            self._replica.give_rests()
+        self._via.sum_numbers([1.0])  # all have all: who fails from here on takes nothing with it
+        with torch.no_grad():
+            for flat, mean in zip(self._replica.flat_parameters.adopt(), made, strict=True):
+                flat.copy_(mean)
+        if behind and optimizer is not None:
+            self._replica.take_whole_state(optimizer)
+        self.place, self._averager.landed = furthest + 1, landed + 1
+        owes = behind and everyone[0]["in_hand"] and not mine["in_hand"]
+        before = self._standing  # of a group that this rank has gone on in, and that failed at once
+        self._standing = Standing(before.behind or behind, before.owes_step or owes)
+        if sent is None:
+            self._world = epoch.number
+            load(None, 0)
+        else:
+            self._go_on(sent, mine, everyone, epoch.number, load)
+            new = tuple(rank for rank, each in enumerate(everyone) if each["place"] == NOWHERE)
+            step, took_s = self._progress.local_step, time.monotonic() - began
+            self.heard.append(Regrouped(epoch.number, len(everyone), self._via.rank, epoch.left, new, step, took_s))
+
+    def _made_one(self, everyone: Sequence[Facts]) -> list[torch.Tensor]:
+        """The consensus of those that are furthest, beside this rank's own values, which stay."""
+        if any(each["place"] == NOWHERE for each in everyone):
+            Layout.compare(self._replica.layout, self._via)
+        weight = weights(everyone)[self._via.rank]
+        with torch.no_grad():
+            made = [flat.clone() for flat in self._replica.flat_parameters.adopt()]
+            mean_values(self._via, made, weight)
+        return made
+
+    def _sent(self, state: Callable[[], State]) -> State:
+        """What the first rank tells the others."""
+        carried = {name: thing.state_dict() for name, thing in self._carried.items()}
+        return {"sync": state(), "feed": self._feed.state_dict(), "carried": carried}
+
+    def _go_on(self, sent: State, mine: Facts, everyone: Sequence[Facts], number: int, load: Load) -> None:
+        """Be at the first rank's place; what is left of running passes is dealt anew."""
+        furthest, is_new = everyone[0]["place"], mine["place"] == NOWHERE
+        world = everyone[0]["world"]
+        places = [(each["rank"], each) for each in everyone if each["world"] == world and each["place"] != NOWHERE]
+        # who failed to take the place before this one has another deal: it takes the first rank's
+        self._feed.regroup(places, everyone[0]["ranks"], None if mine["world"] == world else sent["feed"])
+        self._world = number
+        own = sum(each["own"] for each in everyone if each["place"] == furthest)
+        load(sent["sync"], own)
+        if is_new:
+            self._arrived = dict(sent["carried"])
+        self.is_new = self.is_new or is_new
+        for name, thing in self._carried.items():
+            if mine["place"][0] < furthest[0] and name in sent["carried"]:
+                thing.load_state_dict(sent["carried"][name])
+                self._arrived.pop(name, None)
+
+
+def weights(everyone: Sequence[Facts]) -> list[float]:
+    """Each member's share of the consensus: by the samples that those trained who are as far as the first."""
+    apart = [each["apart"] if each["place"][1] == everyone[0]["place"][1] else 0 for each in everyone]
+    total = sum(apart)
+    return [each / total for each in apart] if total else [1.0, *(0.0 for _ in everyone[1:])]
