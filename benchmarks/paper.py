@@ -6,9 +6,10 @@
 Small batches (8 a rank) and large ones (64 a rank) at period 1; the two in turn (8 at period 8, then 64 at period 1),
 for as many steps each at one learning rate (`alternating`), or seven large steps to a small one at √8 times its rate
 (`mostly_large`); and the autopilot within the same batches, as it is and with `accuracy` for its target
-(`autopilot_accurate`), on Fashion-MNIST over Gloo. `larger_batch` (128 a rank) is run to the equal samples alone, for
-what fewer updates lose where 64 a rank lose nothing. The paper reports that its technique is 32.33 (ResNet-50) and 3.74
-(VGG-11) points above small batches after the same number of iterations.
+(`autopilot_accurate`), on Fashion-MNIST over Gloo. `scaled_gradients` and `small_batch_noise` are large batches at
+period 1 whose gradients are as long as small ones', or as noisy. `larger_batch` (128 a rank) is run to the equal
+samples alone, for what fewer updates lose where 64 a rank lose nothing. The paper reports that its technique is 32.33
+(ResNet-50) and 3.74 (VGG-11) points above small batches after the same number of iterations.
 
 Every method is run once a seed, as far as any comparison needs it, and all three comparisons are read off its
 evaluation curve by linear interpolation:
@@ -23,11 +24,14 @@ gradients are clipped to norm 1 for all, since without it large batches fall bac
 The autopilot's late part begins where it would if the run ended at the equal samples. Sharpness is that of the final
 models, which have trained different numbers of samples; the table says how many.
 
-Learning rates: as many a method of one model (five for ResNet-50, three for VGG-11), one seed, a third of the
+`--models fedavg_cnn` is no model of the paper's, but one of a tenth of VGG-11's work, for machines with few cores.
+
+Learning rates: as many a method of one model (five for ResNet-50, else three), one seed, a third of the
 iterations; the best final accuracy on the test samples wins, and the finals have other seeds. Large batches have the
-same grid times three (about √8), larger ones times two. "(edge)" marks a rate at the end of its grid. torchvision's
-own stem (`--stem torchvision`) is ResNet-50's; VGG-11 cannot take 28 pixels without the small one. A finished run is
-kept in results/paper/runs/ and skipped the next time; table and plot show what is there.
+same grid times three (about √8), larger ones times two; those that are given what small ones have, the small ones'.
+"(edge)" marks a rate at the end of its grid. torchvision's own stem (`--stem torchvision`) is ResNet-50's; VGG-11
+cannot take 28 pixels without the small one. A finished run is kept in results/paper/runs/ and skipped the next time;
+table and plot show what is there.
 """
 
 from __future__ import annotations
@@ -61,11 +65,15 @@ CONSTANT = {"small_batch": SMALL, "large_batch": LARGE, "larger_batch": 2 * LARG
 RATE_FACTORS = {"large_batch": 3, "larger_batch": 2}
 """About the square root of the batch over the smallest; but 128 a rank at four times 0.4 ends at 0.30, at two times at
 0.69, which trials of twelve steps do not tell apart."""
-METHODS = (*CONSTANT, "alternating", "mostly_large", "autopilot", "autopilot_accurate")
-COLOURS = dict(zip(METHODS, ("#0072B2", "#D55E00", "#000000", "#009E73", "#E69F00", "#CC79A7", "#56B4E9"), strict=True))
-MODELS = ("resnet50", "vgg11")
-RATES = {"resnet50": (0.01, 0.03, 0.1, 0.2, 0.4), "vgg11": (0.01, 0.03, 0.1)}
-ANNEALED_RATES = {"resnet50": (0.1, 0.2, 0.4), "vgg11": (0.03, 0.1, 0.2)}
+GIVEN = ("scaled_gradients", "small_batch_noise")
+"""Policies of large batches that are given what small ones have."""
+METHODS = (*CONSTANT, "alternating", "mostly_large", "autopilot", "autopilot_accurate", *GIVEN)
+PALETTE = ("#0072B2", "#D55E00", "#000000", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#8C564B", "#7F7F7F")
+COLOURS = dict(zip(METHODS, PALETTE, strict=True))
+MODELS = ("resnet50", "vgg11", "fedavg_cnn")
+RECIPES = {"fedavg_cnn": "synchronous"}
+RATES = {"resnet50": (0.01, 0.03, 0.1, 0.2, 0.4), "vgg11": (0.01, 0.03, 0.1), "fedavg_cnn": (0.01, 0.03, 0.1)}
+ANNEALED_RATES = {"resnet50": (0.1, 0.2, 0.4), "vgg11": (0.03, 0.1, 0.2), "fedavg_cnn": (0.03, 0.1, 0.2)}
 MOST_SEEDS, TUNING_SEED = 100, 1_000
 RAMP_SAMPLES = 4 * RANKS * LARGE
 AXES = {"local_step": "iterations", "samples": "samples", "elapsed_s": "seconds"}
@@ -124,6 +132,12 @@ def plan(method: str, iterations: int, anneal: bool) -> tuple[dict[str, Any], in
         if "late-from" in policy:
             policy["late-from"] *= samples / equal
         return policy, equal, min(every, equal // 6)
+    if method in GIVEN:
+        policy = {"name": method, "lr-ramp-samples": RAMP_SAMPLES}
+        policy |= {"small.batch-per-rank": SMALL, "small.sync-period-steps": 1}
+        policy |= {"large.batch-per-rank": LARGE, "large.sync-period-steps": 1}
+        samples = max(equal, iterations * RANKS * LARGE)
+        return policy, samples, samples // 12
     if batch := CONSTANT.get(method):
         samples = equal if method == "larger_batch" else max(equal, iterations * RANKS * batch)
         return {"name": "constant", "batch-per-rank": batch, "sync-period-steps": 1}, samples, samples // 12
@@ -152,7 +166,8 @@ def train(trial: Trial, settings: Settings, root: str) -> str:
     iterations = settings.iterations if final else max(1, settings.iterations // 3)
     policy, samples, every = plan(trial.method, iterations, settings.anneal)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
-    command += ["-m", "trainer", "--recipe", f"launch/recipes/{trial.model}.toml", "--world.backend", settings.backend]
+    recipe = RECIPES.get(trial.model, trial.model)
+    command += ["-m", "trainer", "--recipe", f"launch/recipes/{recipe}.toml", "--world.backend", settings.backend]
     command += [word for name, value in policy.items() for word in (f"--policy.{name}", str(value))]
     command += ["--run.root", root, "--run.name", "run", "--run.seed", str(trial.seed), "--run.samples", str(samples)]
     command += ["--optim.lr", str(trial.lr), "--optim.clip-norm", "1.0"]
@@ -364,7 +379,7 @@ def read_settings() -> Settings:
     """The command line, or what `--quick` makes of it."""
     assert __doc__
     parser = argparse.ArgumentParser(prog="python -m benchmarks.paper", description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
+    parser.add_argument("--models", nargs="+", default=list(MODELS[:2]), choices=MODELS)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, help="which to run")
     parser.add_argument("--seeds", type=int, default=3, help="finals a method; 0: only tune")
     parser.add_argument("--iterations", type=int, default=150)

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         PostLocal,
         ScaledGradients,
         SelSync,
+        SmallBatchNoise,
         register,
     )
     from trainer.sync.local_sgd import LocalSGD
@@ -66,6 +67,7 @@ _HOMES = {
     "register": "policies",
     "ScaledGradients": "policies",
     "SelSync": "policies",
+    "SmallBatchNoise": "policies",
     "SWAP": "policies",
     "share_out": "data.partition",
     "Sharing": "data.partition",
@@ -100,6 +102,7 @@ __all__ = [
     "ScaledGradients",
     "SelSync",
     "Sharing",
+    "SmallBatchNoise",
     "SyncConfig",
     "World",
     "__version__",

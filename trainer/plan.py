@@ -35,6 +35,9 @@ class Plan:
     """Signal that ends a round before its period, asked of all ranks at every local step in one small message."""
     early_end_above: float = 0.0
     """Value that the signal must reach: a relative change, or a squared distance."""
+    noise_batch: int | None = None
+    """Samples a rank whose gradient noise the gradients of larger batches are given; None: they keep their own. On one
+    rank, and where replicas are apart, it takes the memory of one more gradient."""
 
     def __post_init__(self) -> None:
         require_types(self)
@@ -47,6 +50,9 @@ class Plan:
         parts = self.fragments
         usable = parts is None or 1 <= parts <= max(period, 1)
         require("fragments", parts, usable, f"must be in 1 .. sync_period_steps ({period})")
+        noisy = self.noise_batch
+        usable = noisy is None or 1 <= noisy <= self.batch_per_rank
+        require("noise_batch", noisy, usable, f"must be in 1 .. batch_per_rank ({self.batch_per_rank})")
         usable = self.early_end == "never" or (period > 1 and delay in (None, 0) and parts in (None, 1))
         require("early_end", self.early_end, usable, "needs sync_period_steps above 1, no delay_steps and no fragments")
         above = self.early_end_above
@@ -113,6 +119,9 @@ class Observation:
     """Share of the run's samples that is trained; NaN where no end is known."""
     lr: float = math.nan
     """Learning rate of the last local step, the plan's scale included."""
+    step_response: float = 1.0
+    """Power of a gradient's length that the length of the optimizer's step goes by, tried out on a twin of it: 1 of SGD
+    (and where no twin can be made, and with devices), 0 of Adam."""
     train_loss: float = math.nan
     """Mean training loss over the samples since the last observation."""
     loss_trend: float = math.nan

@@ -13,6 +13,7 @@ from torch import nn
 
 from trainer import Constant, LocalSGD, Plan, SyncConfig
 from trainer.distributed.world import World
+from trainer.sync.given_noise import directions
 
 DIMENSION, DEVIATION, DISTANCE, BATCH = 4_000, 0.5, 2.0, 16
 TRUE_VARIANCE = DIMENSION * DEVIATION**2
@@ -109,3 +110,49 @@ def test_ranks_know_whether_the_gradients_they_look_at_are_of_one_model(
     """An evaluation after the third round makes replicas one, where the Plan averages at all."""
     for found in run(2, looked, settings, period, 16, 12):
         assert found == apart
+
+
+def trained_with_noise(world: World, period: int) -> tuple[torch.Tensor, float]:
+    """The weights after every local step, and the noise scale that was seen."""
+    model = Quadratic()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    weights, seen = [], math.nan
+    plan = Plan(BATCH, period, noise_batch=BATCH // 4)
+    with LocalSGD(model, optimizer, Constant(plan), settings=SyncConfig(observe_steps=1), world=world) as sync:
+        for step in range(4):
+            optimizer.zero_grad()
+            loss = sync.model(inputs(world.rank, step))
+            loss.backward()
+            optimizer.step()
+            weights.append(model.weight.detach().clone())
+            for ended in sync.step(loss, BATCH):
+                seen = ended.seen.noise_scale
+    return torch.stack(weights), seen
+
+
+def inputs(rank: int, step: int) -> torch.Tensor:
+    return torch.randn(BATCH, DIMENSION, generator=torch.Generator().manual_seed(10 * step + rank)) + 1
+
+
+def test_averaged_gradients_are_given_the_same_noise_on_all_ranks() -> None:
+    found = run(3, trained_with_noise, 1)
+    weight = torch.zeros(DIMENSION)
+    for step in range(4):
+        counts = torch.tensor(1 / 3 + directions(3, 3.0, step), dtype=torch.float32)
+        weight = weight - 0.5 * sum(c * (weight - inputs(k, step).mean(dim=0)) for k, c in enumerate(counts))
+        torch.testing.assert_close(found[0][0][step], weight)
+    assert all(torch.equal(theirs, found[0][0]) for theirs, _ in found)
+    # the mean's variance is more than its parts' here, and the estimate is right all the same: tr Σ / ‖G‖²
+    assert found[0][1] == pytest.approx(DIMENSION / float((weight - 1).square().sum()), rel=1.0)
+
+
+def test_replicas_that_are_apart_have_noise_of_their_own() -> None:
+    (first, _), (second, _) = run(2, trained_with_noise, 2)
+    plain = [0.5 * inputs(rank, 0).mean(dim=0) for rank in range(2)]  # nothing was before the first step
+    torch.testing.assert_close(first[0], plain[0])
+    torch.testing.assert_close(second[0], plain[1])
+    for weights, rank in ((first, 0), (second, 1)):
+        own = weights[0] - inputs(rank, 1).mean(dim=0)
+        noise = (weights[0] - weights[1]) / 0.5 - own
+        other = own - (0 - inputs(rank, 0).mean(dim=0))
+        torch.testing.assert_close(noise.abs(), math.sqrt(1.5) * other.abs(), atol=1e-4, rtol=1e-4)

@@ -30,6 +30,7 @@ TWO = {name: {"batch_per_rank": 64, "sync_period_steps": 1} for name in ("large"
 POLICIES: dict[str, dict[str, Any]] = {
     "alternating": {},
     "autopilot": {"batch_per_rank": 16, "max_batch_per_rank": 64, "max_period_steps": 16, "min_stay_steps": 16},
+    "autopilot_adamw": {"name": "autopilot", "batch_per_rank": 16, "max_batch_per_rank": 64, "min_stay_steps": 16},
     "qsr": {"batch_per_rank": 16},
     "adaptive_period": {"plan": FIRST["plan"], "interval_samples": 800},
     "batch_growth": FIRST | {"milestones": [800, 1_600], "factor": 2.0},
@@ -53,6 +54,8 @@ def settings(root: Path, name: str, resume: str | None = None) -> Config:
     if POLICIES[name]:
         table["policy"] = {"name": name} | POLICIES[name]
     table["run"] |= {"root": str(root), "name": name} | ({"resume": resume} if resume else {})
+    if name.endswith("_adamw"):
+        table["optim"] = {"name": "adamw", "lr": 0.001}
     table["task"] = {"model": "test_recorded_runs:linear_model"}
     table["checkpoint"]["keep"] = 9
     return recipes.from_dict(table)
@@ -82,6 +85,8 @@ def test_a_recorded_run_decides_again_as_it_did(runs: Path, name: str, capsys: p
     found = replay(runs / name)
     assert [each.round for each in found] == [0, *(line["round"] for line in rounds)]
     assert [each.samples for each in found] == [0, *(line["samples"] for line in rounds)]
+    if name.startswith("autopilot"):
+        assert found[0].recorded.plan.sync_period_steps == (1 if "adamw" in name else 2)
     if name in ("fda", "selsync"):
         assert len({line["seen"]["steps"] for line in rounds}) > 1, "no round ended early"
     elif name != "cycle":  # whose loss's trend takes 16 observations, more than this run has

@@ -203,6 +203,21 @@ def counted(world: World, test_size: int) -> Any:
     return step.evaluate(model, batches, Collectives(world, Clock(world.device), 2**20))
 
 
+def of_sequences(world: World) -> float:
+    from trainer.config.config import OptimConfig, StepConfig
+    from trainer.distributed.collectives import Collectives
+
+    text = torch.tensor([[0, 1, 0, 1], [1, 1, 1, 0]])
+    step = LocalStep(StepConfig(), OptimConfig(), nn.CrossEntropyLoss(), world.device)
+    scores = nn.functional.one_hot(torch.tensor([[0, 1, 0, 0], [1, 0, 0, 0]]), 2).float().transpose(1, 2)
+    model = nn.Identity()
+    return float(step.evaluate(model, [(scores, text)], Collectives(world, None, 2**20)).accuracy)
+
+
+def test_the_accuracy_of_sequences_is_the_share_of_their_places() -> None:
+    assert of_sequences(World()) == 5 / 8
+
+
 def test_evaluation_counts_every_sample_once_at_any_world_size() -> None:
     results = {size: run(size, counted, 101) for size in (1, 2, 3)}
     alone = results[1][0]

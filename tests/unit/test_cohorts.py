@@ -200,3 +200,5 @@ def test_plans_and_averages_that_devices_cannot_have() -> None:
             check_federated(federated, SyncConfig(**settings), [plan])
     with pytest.raises(ConfigError, match="sync_period_steps = 0"):
         check_federated(federated, SyncConfig(), [Plan(8, sync_period_steps=0)])
+    with pytest.raises(ConfigError, match="noise_batch = 4: a device has no gradient"):
+        check_federated(federated, SyncConfig(), [Plan(8, 2, noise_batch=4)])

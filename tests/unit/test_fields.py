@@ -90,7 +90,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "swapped": (lambda: Alternating(Plan(256, 1), Plan(8, 2)), "small.batch_per_rank = 256: is above .*swap the two"),
     "numbers": (lambda: Alternating(8, 64), r"small = 8: must be a Plan, such as Plan\("),  # type: ignore[arg-type]
     "no part": (lambda: Alternating(None), "small = None: must be a Plan"),  # type: ignore[arg-type]
-    "too long": (lambda: Alternating((1,) * 9), r"small = \(1, 1, .*must be a Plan"),  # type: ignore[arg-type]
+    "too long": (lambda: Alternating((1,) * 10), r"small = \(1, 1, .*must be a Plan"),  # type: ignore[arg-type]
     "key": (lambda: Alternating({"batch": 8}), "small.batch = 8: unknown"),  # type: ignore[arg-type]
     "inside": (lambda: Alternating({"batch_per_rank": "8"}), "small.batch_per_rank = '8': must be a whole"),  # type: ignore[arg-type]
     "choice": (lambda: Plan(8, wire_format="int5"), "wire_format = 'int5': choose one of .*did you mean int"),  # type: ignore[arg-type]

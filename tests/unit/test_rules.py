@@ -33,12 +33,14 @@ from trainer.policies import (
     PostLocal,
     ScaledGradients,
     SelSync,
+    SmallBatchNoise,
 )
 from trainer.policies import constants as autopilots
 from trainer.policies.autopilot import _ranked
 from trainer.policies.goodput import Costs, fitted, momentum_of, reach_of
 from trainer.policies.worth import worth
 from trainer.sync.scaled_rate import ScaledRate
+from trainer.sync.step_response import step_response
 
 
 def follow(policy: Policy, **figures: list[float]) -> list[Plan]:
@@ -137,7 +139,7 @@ def test_compose_takes_the_batch_of_one_and_the_period_of_the_other() -> None:
     assert periods(plans) == [2, 4, 6, 11]
 
 
-MEASURED = {Constant, Alternating, PostLocal, BatchGrowth, SelSync, FDA}
+MEASURED = {Constant, Alternating, PostLocal, BatchGrowth, SelSync, FDA, SmallBatchNoise}
 """Policies that look at counts only, or whose signal ends rounds."""
 
 
@@ -164,6 +166,8 @@ def test_rate_rules(rule: Any, expected: float) -> None:
     assert scaling("gain", 4.0, 100.0, 1e-9) == pytest.approx(1.0)
     assert scaling("norm", 4.0, 100.0, math.nan) == 1.0
     assert scaling("norm", 4.0, 100.0, 1e9) == pytest.approx(2.0)  # the root of B / b
+    # a step of Adam has grown by the gain's root by itself
+    assert scaling("gain", 4.0, 100.0, 300.0, response=0.0) == pytest.approx(math.sqrt(4 / 1.75))
 
 
 def test_scaled_gradients_are_as_long_as_a_small_batchs() -> None:
@@ -437,6 +441,57 @@ def cruise(policy: Autopilot, transfer_s: float, rounds: int = 60, **figures: fl
     for index in range(1, rounds):
         controller.observe(seen_by(controller.plan, round=index, transfer_s=transfer_s, **figures))
     return controller
+
+
+class Unlike(torch.optim.SGD):
+    """An optimizer of which no twin can be made."""
+
+    def __init__(self, parameters: Any, model: torch.nn.Module) -> None:
+        super().__init__(parameters, lr=0.1)
+
+
+def test_the_length_of_a_step_follows_its_gradients_by_a_power_of_the_optimizers() -> None:
+    model, drawn = torch.nn.Linear(3, 2), torch.random.get_rng_state()
+    every, kinds = list(model.parameters()), torch.optim
+    for sgd in (kinds.SGD(every, 0.1, momentum=0.9, nesterov=True, weight_decay=0.1), Unlike(every, model)):
+        assert step_response(sgd) == 1.0
+    for adam in (
+        kinds.AdamW(every, 1e-3, fused=True),
+        kinds.RMSprop(every),
+        kinds.Adagrad(every),
+        kinds.Adafactor(every),
+    ):
+        assert step_response(adam) == 0.0
+    assert step_response(kinds.LBFGS(every)) == 1.0, "it needs a closure"
+    assert torch.equal(drawn, torch.random.get_rng_state()), "a run's own draws stay as they are"
+
+
+def test_local_steps_of_adam_fall_short_of_those_by_the_mean_gradient() -> None:
+    """What N ranks' steps have in common is the root of N times shorter, where steps do not follow the gradient."""
+    costs = Costs(step_s={"32 0 0": 1.0}, transfer_s={"float32": 1.0, "gradients": 1.0}, response=0.0)
+    by_ranks = {ranks: worth(Plan(32, 4), costs, ranks, 32, 0.004).efficiency for ranks in (1, 2, 4)}
+    assert by_ranks == {1: 1.0, 2: pytest.approx(0.5**0.5), 4: pytest.approx(0.5)}
+    assert worth(Plan(32, 1), costs, 4, 32, 0.004).efficiency == 1.0
+    assert worth(Plan(32, 4), replace(costs, response=0.5), 4, 32, 0.004).efficiency == pytest.approx(0.5**0.5)
+    assert worth(Plan(32, 4), replace(costs, response=1.0), 4, 32, 0.004).efficiency == 1.0
+
+
+@pytest.mark.parametrize(
+    ("response", "transfer_s", "stays"), [(0.0, 0.02, True), (0.0, 2.0, False), (1.0, 0.02, False)]
+)
+def test_autopilot_keeps_averaged_gradients_where_local_steps_fall_short_and_the_network_is_fast(
+    response: float, transfer_s: float, stays: bool
+) -> None:
+    controller = Controller(Autopilot(), response)
+    plans = [controller.plan]
+    for index in range(1, 60):
+        figures = {"step_response": response, "noise": 100.0}
+        controller.observe(seen_by(controller.plan, round=index, transfer_s=transfer_s, **figures))
+        plans.append(controller.plan)
+    assert plans[0].sync_period_steps == (1 if response < 1 else 2)
+    assert (plans[-1].sync_period_steps == 1) == stays
+    if stays:
+        assert {plan.sync_period_steps for plan in plans} == {1}, "such a run is DDP's, bit for bit"
 
 
 def test_every_constant_of_the_autopilot_says_its_source_and_its_error() -> None:

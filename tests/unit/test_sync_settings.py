@@ -42,6 +42,11 @@ EARLY = Plan(8, 4, early_end="divergence", early_end_above=1.0)
         ({"node_period_steps": 1, "node_wire_format": "int8"}, Plan(8, 4), "node_wire_format = 'int8': averages no"),
         ({"fragments": 2}, EARLY, "fragments = 2: must be 1 where rounds end early"),
         ({"delay_steps": 2}, EARLY, "delay_steps = 2: must be 0 where rounds end early"),
+        (
+            {"gradient_format": "powersgd"},
+            Plan(8, 1, noise_batch=4),
+            "gradient_format = 'powersgd': keeps what it loses",
+        ),
         ({"outer": "diloco", "mixing": 0.5}, Plan(8, 4), "outer = 'diloco': needs sync.mixing = 1"),
     ],
 )

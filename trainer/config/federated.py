@@ -154,6 +154,9 @@ def check_federated(federated: FederatedConfig, sync: SyncConfig, plans: Sequenc
     for name, (is_refused, mend) in refused.items():
         if is_refused:
             raise ConfigError(f"{name} = {getattr(sync, name)!r}: {mend}")
+    noisy = [plan.noise_batch for plan in plans if plan.noise_batch is not None]
+    if noisy:
+        raise ConfigError(f"noise_batch = {noisy[0]}: a device has no gradient of a step before; leave it out")
     if any(plan.sync_period_steps == 0 for plan in plans):
         raise ConfigError("sync_period_steps = 0: devices are averaged in every round; plan 1 local step or more")
 

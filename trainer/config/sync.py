@@ -47,7 +47,9 @@ class SyncConfig:
     mixing: float = 1.0
     """Share of the average that a replica takes; below 1 replicas stay apart between evaluations."""
     outer: OuterRule = "none"
-    """Outer optimizer that is applied to the averaged displacement, or none."""
+    """Outer optimizer that is applied to the averaged displacement, or none. SGD in long hidden rounds: fedavgm with
+    outer_momentum 0.4. Adam: none at a rate that was tuned, since momentum on top of it lost in what was tried; at a
+    lower rate fedavgm with 0.4 gives back what local rounds lose."""
     outer_lr: float | None = None
     """Learning rate of the outer optimizer; without it, the published one."""
     outer_momentum: float | None = None
@@ -145,6 +147,9 @@ def check_plans(settings: SyncConfig, plans: Sequence[Plan]) -> None:
     """
     for plan in plans:
         settings.under(plan)  # refuses what the plan's own settings make impossible
+        fits = plan.noise_batch is None or settings.gradient_format != "powersgd"
+        mend = "keeps what it loses, given noise too: choose float32 or bf16, or plans without noise_batch"
+        require("gradient_format", settings.gradient_format, fits, mend)
     long = [plan for plan in plans if plan.sync_period_steps > 1]
     if not long:
         _check_idle(settings)

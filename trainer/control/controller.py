@@ -30,19 +30,24 @@ class Controller:
     """Asks the policy at round boundaries, counts phases, and scales the learning rate with the batch.
 
     Every rank runs one, on the same numbers, so all come to the same Plan without a message.
+
+    Args:
+        policy: which decides.
+        step_response: the optimizer's, as in the Observation; the first decision knows nothing else.
     """
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Policy, step_response: float = 1.0) -> None:
         self.policy = policy
         self._memory: Memory = {}
         self._begun = Observation()
         self._ranks = 1
         self._ramp_from, self._ramp_at = 1.0, 0
         self._noise = math.nan
+        self._response = step_response
         self.phase = Phase(-1, "", policy.base_plan(), {})
         self.decision = Decision(self.phase.plan, "")
         """The latest."""
-        self.observe(Observation())
+        self.observe(Observation(step_response=step_response))
         self._ramp_from = self._target()  # no ramp at the start: that is the schedule's warm-up
 
     @property
@@ -64,7 +69,7 @@ class Controller:
         )
         if seen.noise_scale > 0:
             self._noise = seen.noise_scale
-        self._ranks = max(seen.ranks, 1)
+        self._ranks, self._response = max(seen.ranks, 1), seen.step_response
         decision = self.decision = self.policy.decide(seen, self._memory)
         self._memory = dict(decision.memory)
         if (decision.phase, decision.plan) == (self.phase.name, self.phase.plan):
@@ -94,7 +99,7 @@ class Controller:
 
     def _scaling(self, batch: float) -> float:
         base = self.policy.base_plan().batch_per_rank
-        return scaling(self.policy.lr_scaling, batch / base, base * self._ranks, self._noise)
+        return scaling(self.policy.lr_scaling, batch / base, base * self._ranks, self._noise, self._response)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that later decisions depend on; JSON values."""
@@ -106,6 +111,7 @@ class Controller:
             "ramp_at": self._ramp_at,
             "noise": self._noise,
             "ranks": self._ranks,
+            "response": self._response,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -114,18 +120,21 @@ class Controller:
         self.phase = Phase.restored(state["phase"])
         self._begun = Observation.restored(state["begun"])
         self._ramp_from, self._ramp_at = state["ramp_from"], state["ramp_at"]
-        self._noise, self._ranks = state["noise"], state["ranks"]
+        self._noise, self._ranks, self._response = state["noise"], state["ranks"], state["response"]
 
 
-def scaling(rule: LrScaling, ratio: float, base_samples: float, noise_scale: float) -> float:
+def scaling(rule: LrScaling, ratio: float, base_samples: float, noise_scale: float, response: float = 1.0) -> float:
     """Factor on the learning rate where a step's samples are `ratio` times the base's.
 
     gain: of AdaScale (Johnson et al. 2020, arXiv 2007.05105), (φ / B₀ + 1) / (φ / B + 1) with the noise scale φ;
-    1 for no noise, `ratio` for nothing but noise. Until φ is known it is sqrt's.
+    1 for no noise, `ratio` for nothing but noise. Until φ is known it is sqrt's. Where steps are as long whatever the
+    gradient's length is (a response of 0: Adam), a step along the mean gradient has grown by the gain's square root by
+    itself, and the rate grows by the other.
     norm: its square root, by which a gradient is as long as the base's in the mean; 1 until φ is known.
     """
     if rule == "norm":
         return math.sqrt(scaling("gain", ratio, base_samples, noise_scale)) if noise_scale > 0 else 1.0
     if rule == "gain" and noise_scale > 0:
-        return (noise_scale / base_samples + 1) / (noise_scale / (base_samples * ratio) + 1)
+        gain = (noise_scale / base_samples + 1) / (noise_scale / (base_samples * ratio) + 1)
+        return float(gain ** ((1 + response) / 2))
     return {"none": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio), "gain": math.sqrt(ratio)}[rule]

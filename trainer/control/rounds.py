@@ -72,6 +72,8 @@ class Rounds:
         """Some rank was asked to stop."""
         self.saving = False
         """Some rank was asked for a checkpoint, and none was written since."""
+        self.step_response = 1.0
+        """As in the Observation."""
         self.admitting = False
         """Some rank knows of a newcomer, which is not yet let in."""
         self.accuracy = math.nan
@@ -119,6 +121,7 @@ class Rounds:
         sent = self._sent.pop(int(total.alike["round"]))
         seen = reduce(total, self._agreed_samples)
         known |= self._signals.take(total, seen.samples, seen.train_loss)
+        known["step_response"] = self.step_response
         progress = seen.samples / self.total_samples if self.total_samples else math.nan
         seen = replace(seen, ran=sent.phase.plan, progress=progress, test_accuracy=self.accuracy, **known)
         self._agreed_samples = seen.samples

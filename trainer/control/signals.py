@@ -51,7 +51,7 @@ def noise(total: Total) -> tuple[float, float]:
         cross = sum(value * value for value in total.sketch) - sums["sketch_sq"]
         mean, mean_noise = (sums["grad_sq"] + cross) / parts**2, sums["own_noise"] / parts**2
     between = sums["own_noise"] / parts - mean_noise
-    if not between > 0:
+    if not abs(between) > 1e-6 * sums["own_noise"] / parts:  # with given noise the mean may have more than its parts
         return math.nan, math.nan
     variance = (own - mean) / between
     return own - variance * sums["own_noise"] / parts, variance

@@ -126,7 +126,7 @@ class LocalStep:
                 outputs = model(self.layout(inputs))
                 loss = self.loss(outputs, labels)
             loss_sum += loss.item() * len(labels)
-            right += (outputs.argmax(dim=1) == labels).sum().item()
+            right += (outputs.argmax(dim=1) == labels).double().reshape(len(labels), -1).mean(dim=1).sum().item()
             seen += len(labels)
         loss_sum, right, total = collectives.sum_numbers([loss_sum, right, seen])
         return Evaluation(loss_sum / total, right / total, int(total))

@@ -6,7 +6,7 @@ from trainer.policies.batches import BatchGrowth, NoiseScale, NormTest
 from trainer.policies.compose import Compose
 from trainer.policies.periods import FDA, QSR, AdaptivePeriod, SelSync
 from trainer.policies.phased import SWAP, Alternating, Constant, Cycle, PostLocal
-from trainer.policies.scaled import ScaledGradients
+from trainer.policies.scaled import ScaledGradients, SmallBatchNoise
 
 __all__ = [
     "FDA",
@@ -27,6 +27,7 @@ __all__ = [
     "PostLocal",
     "ScaledGradients",
     "SelSync",
+    "SmallBatchNoise",
     "policy_class",
     "policy_name",
     "policy_of",

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from trainer.errors import require, require_at_least
 from trainer.plan import Decision, Memory, Observation, Plan
 from trainer.policies.base import LrScaling, Policy, held, register
-from trainer.policies.constants import CONSTANTS
+from trainer.policies.constants import CONSTANTS, GRADIENTS
 from trainer.policies.goodput import Costs
 from trainer.policies.worth import Worth, drift_of, worth
 
@@ -26,7 +26,8 @@ class Autopilot(Policy):
     """Chooses batch, period, delay, fragments and wire format by expected goodput.
 
     It begins with the shortest rounds at the smallest batch, to measure compute, network, gradient noise and how fast
-    replicas part; then it compares all candidates again and again, and takes a better one where that promises enough. A
+    replicas part (under Adam with averaged gradients, since there the shortest rounds cost as much as longer ones);
+    then it compares all candidates again and again, and takes a better one where that promises enough. A
     larger batch is measured once the noise is such that it might pay. A run has only so many samples, and what one
     fails to teach is lost for good, while seconds are only spent: so efficiency counts `care` times. The last part of
     the run is spent at the smallest batch and with four times the care, for generalization.
@@ -69,6 +70,8 @@ class Autopilot(Policy):
         require("late_from", self.late_from, 0 <= self.late_from <= 1, "must be in 0 .. 1")
 
     def decide(self, seen: Observation, memory: Memory) -> Decision:
+        if seen.phase < 0 and seen.step_response < 1:
+            return Decision(_plan(self.batch_per_rank, 1), "probe gradients")
         if seen.phase < 0:
             return Decision(self._probe(self.batch_per_rank), "probe")
         if seen.missing("slowest_compute_s"):
@@ -83,14 +86,23 @@ class Autopilot(Policy):
 
     def plans(self) -> tuple[Plan, ...]:
         delayed = Plan(self.batch_per_rank, self.max_period_steps, delay_steps=1, wire_format="int4", fragments=1)
-        return (self._probe(self.batch_per_rank), delayed)
+        return (self._probe(self.batch_per_rank), delayed, _plan(self.batch_per_rank, 1))
 
     def _probe(self, batch: int) -> Plan:
         # of the shortest rounds, since replicas that part in a run's first steps cost its final accuracy
         return Plan(batch, CONSTANTS.probe_period, delay_steps=0, wire_format="int4", fragments=1)
 
     def _end_probe(self, seen: Observation, costs: Costs, kept: dict[str, Any], why: dict[str, Any]) -> Decision:
-        """Measure on, until what was measured can be compared."""
+        """Measure on, until what was measured can be compared.
+
+        Where local rounds fall short of averaged gradients however short they are, the run begins with these: it goes
+        on so if nothing is better by what is then known, and else measures local rounds.
+        """
+        known = GRADIENTS in costs.transfer_s or seen.ranks == 1 or seen.phase_steps >= CONSTANTS.probe_steps
+        if seen.phase_name == "probe gradients" and known:
+            best = self._compare(seen, costs, kept, why, at_once=True)
+            local = Decision(self._probe(self.batch_per_rank), "probe", why, kept)
+            return best if best.plan.sync_period_steps == 1 else local
         if seen.phase_steps < CONSTANTS.probe_steps or costs.largest_batch < seen.plan.batch_per_rank:
             return Decision(seen.plan, seen.phase_name, why, kept)
         if not costs.transfer_s and seen.ranks > 1:

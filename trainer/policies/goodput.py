@@ -18,6 +18,8 @@ from trainer.plan import Observation, Plan
 from trainer.policies.constants import CONSTANTS, GRADIENTS
 
 BESIDE = " beside"
+ALIKE = {GRADIENTS: "float32", "float32": GRADIENTS}
+"""As many bytes, by the same sums; lossy formats also take time to code."""
 LEAST_LR = 1e-12  # below it nothing moves by the rate
 DEPENDENT = 1e-10  # squared sine of an angle below which columns of points are taken for one
 
@@ -74,6 +76,8 @@ class Costs:
     """The highest so far."""
     noise_scale: float = math.nan
     """In samples."""
+    response: float = 1.0
+    """As `Observation.step_response`."""
     memory_share: float = math.nan
     """Most memory ever held, of what there is,"""
     memory_batch: int = 0
@@ -115,6 +119,8 @@ class Costs:
             found = replace(found, unit_drift=CONSTANTS.mean_decay * before + (1 - CONSTANTS.mean_decay) * drift)
         if seen.noise_scale > 0:
             found = replace(found, noise_scale=seen.noise_scale)
+        if seen.step_response != self.response:
+            found = replace(found, response=seen.step_response)
         if seen.memory_share > 0:
             batch = max(self.memory_batch, ran.batch_per_rank)
             found = replace(found, memory_share=seen.memory_share, memory_batch=batch)
@@ -238,6 +244,8 @@ class Costs:
         if self.of_devices and name not in self.transfer_s and self.transfer_s:
             seen, seconds = next(iter(self.transfer_s.items()))  # on its way down a model is of float32
             return seconds * (1 + _share(name)) / (1 + _share(seen))
+        if name in ALIKE and name not in self.transfer_s:
+            name = ALIKE[name]
         return self.transfer_s.get(name) or _share(name) * self._model_s[hidden]
 
     @cached_property

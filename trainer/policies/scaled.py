@@ -1,8 +1,8 @@
-"""Scaled gradients: large batches whose gradients are as long as a small batch's."""
+"""Large batches with what small ones have: gradients as long as theirs, or as noisy."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from trainer.errors import require
 from trainer.plan import Decision, Memory, Observation, Plan
@@ -42,3 +42,43 @@ class ScaledGradients(Policy):
     def plans(self) -> tuple[Plan, ...]:
         """Both: the rate is meant at the small one."""
         return self.small, self.large
+
+
+@register("small_batch_noise")
+@dataclass(frozen=True, kw_only=True)
+class SmallBatchNoise(Policy):
+    """Large batches whose gradients are given the noise of small ones.
+
+    With the covariance Σ of one sample's gradient and batches b and B, the gradient is given zero-mean noise of
+    covariance Σ (1/b - 1/B), so that it has mean and covariance of a small batch's; it is then as long, too. The noise
+    is a combination of the ranks' own gradients, which differ by nothing else, with weights that are drawn anew in
+    every local step: where N ranks average gradients, the mean's weights are 1/N + c_k with Σ c_k = 0 and
+    ‖c‖² = (B/b - 1) / N. So it has Σ whole, not its diagonal, and sends nothing more. On one rank, and where replicas
+    are apart, the gradient of the step before is the other one. A summary of arXiv 2509.10537 says that the paper
+    brings the noise of small batches back; how is not known, and this way is the project's own.
+
+    Any policy's Plan may ask for it by `noise_batch`: in `alternating` for its large-batch phases alone.
+    """
+
+    small: Plan = Plan(32, sync_period_steps=1)
+    """The small batch, whose noise is given; it is never trained with."""
+    large: Plan = Plan(256, sync_period_steps=1)
+    """The large batch's Plan, for the whole run."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        smaller = self.small.batch_per_rank <= self.large.batch_per_rank
+        require("small.batch_per_rank", self.small.batch_per_rank, smaller, "must be at most large.batch_per_rank")
+        require("large.noise_batch", self.large.noise_batch, self.large.noise_batch is None, "is small's; leave it out")
+
+    def decide(self, seen: Observation, memory: Memory) -> Decision:
+        """The large batch with the small one's noise, always."""
+        return Decision(self._noisy, "noisy")
+
+    def plans(self) -> tuple[Plan, ...]:
+        """Both: the rate is meant at the small one."""
+        return self.small, self._noisy
+
+    @property
+    def _noisy(self) -> Plan:
+        return replace(self.large, noise_batch=self.small.batch_per_rank)

@@ -50,7 +50,8 @@ def replay(run_folder: str | Path, policy: Policy | None = None) -> list[Replaye
     """
     folder = Path(run_folder)
     first, rounds = _recorded(folder / "metrics.jsonl")
-    controller = Controller(policy or recipe(folder / "config.toml", "config").policy)
+    response = rounds[0][0].step_response if rounds else 1.0
+    controller = Controller(policy or recipe(folder / "config.toml", "config").policy, response)
     found = [Replayed(0, 0, first, controller.decision)]
     for seen, recorded in rounds:
         controller.observe(seen)

@@ -135,6 +135,9 @@ class GradientAverage:
         """Gradients were averaged since the last step's end."""
         self._new: list[torch.Tensor] = []
         self._share: float | None = None
+        self.more: Callable[[Collectives], float] = lambda _: 0.0
+        """What this rank's gradient counts more in a mean than its share; over all ranks 0."""
+        self._more = 0.0
         self.weight: float | None = None
         """Weight of this rank's gradient in the latest mean; None: one of N."""
         self.on_failure: Callable[[PeerError], None] | None = None
@@ -250,8 +253,16 @@ class GradientAverage:
             if not self._outermost:
                 Variable._execution_engine.queue_callback(self._end)
 
+    @property
+    def _counts(self) -> float | None:
+        """What this rank's gradient counts in the mean; None: one of N. Nothing stays nothing."""
+        if self._more == 0 or self._share == 0:
+            return self._share
+        return (1 / self.collectives.size if self._share is None else self._share) + self._more
+
     def _start(self) -> None:
         self._open, self._next = True, 0
+        self._more = self.more(self.collectives)
         for bucket in self._buckets:
             bucket.renew()
             bucket.waiting = set(range(len(bucket.parameters)))
@@ -284,10 +295,11 @@ class GradientAverage:
 
     def _weigh(self, flat: torch.Tensor) -> None:
         """Multiply by this rank's share of N equal ones; a share of zero adds nothing, whatever the values are."""
-        if self._share == 0:
+        counts = self._counts
+        if counts == 0:
             flat.zero_()
-        elif self._share is not None:
-            flat.mul_(self._share * self.collectives.size)
+        elif counts is not None:
+            flat.mul_(counts * self.collectives.size)
 
     def _send(self, bucket: Bucket) -> None:
         via, flat = self.collectives, bucket.flat
@@ -371,7 +383,7 @@ class GradientAverage:
         total = self._flags.clone()
         at = float(16 * self._step + self._pass)
         self._new = self._replica.new_parameters()
-        share = 1.0 if self._share is None else self._share * self.collectives.size
+        share = 1.0 if self._counts is None else self._counts * self.collectives.size
         head = share, float(self._replica.changed()), float(_fingerprint(self._new)), at, at * at
         total[: len(HEAD)] = torch.tensor(head, dtype=torch.float64)
         start = len(HEAD)
@@ -390,7 +402,8 @@ class GradientAverage:
             scale = via.size / total[0].clamp_min(torch.finfo(torch.float32).tiny)
             for bucket in self._buckets:
                 bucket.flat.mul_(scale.to(bucket.flat.dtype))
-        self.weight = None if self._share is None or not on_host else self._share * via.size / (float(total[0]) or 1.0)
+        counts = self._counts
+        self.weight = None if counts is None or not on_host else counts * via.size / (float(total[0]) or 1.0)
         self._hand_out(total)
         self._average_new(total)
         self._open, self._averaged = False, True

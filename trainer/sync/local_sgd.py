@@ -39,6 +39,7 @@ from trainer.sync.consensus import consensus_model, evaluating
 from trainer.sync.early_end import EarlyEnd
 from trainer.sync.elastic import Elastic, Regrouped, Standing, Stateful
 from trainer.sync.feed import Batches, Feed, Options
+from trainer.sync.given_noise import GivenNoise, directions, excess
 from trainer.sync.gradient_average import GradientAverage
 from trainer.sync.host import Host, check_devices
 from trainer.sync.layout import refuse_model, refuse_optimizer
@@ -46,6 +47,7 @@ from trainer.sync.progress import Progress, optimizer_settings
 from trainer.sync.regroup import regrouped
 from trainer.sync.replica import Replica
 from trainer.sync.scaled_rate import ScaledRate
+from trainer.sync.step_response import step_response
 from trainer.sync.synced_model import SyncedModel
 from trainer.sync.timetable import Timetable
 from trainer.sync.transition import Transition
@@ -115,7 +117,8 @@ class LocalSGD:
         self.world = world or World.current(device, group)
         self.clock = clock or Clock(device)
         self.settings = settings
-        self.controller = Controller(policy)
+        self._response = 1.0 if devices else step_response(optimizer)  # devices average parameters at any period
+        self.controller = Controller(policy, self._response)
         self.collectives = Collectives(self._levelled(self.world), self.clock, settings.bucket_bytes)
         self.world = self.collectives.world
         self._inside = False
@@ -125,7 +128,8 @@ class LocalSGD:
         _check_optimizer(optimizer, averages_gradients=bool(averages_gradients) and many)
         if self.world.members is not None:
             _check_elastic(settings, devices)
-        self._gradients = GradientAverage(settings.gradient_format, self.replica)
+        self._gradients, self._noise = GradientAverage(settings.gradient_format, self.replica), GivenNoise()
+        self._gradients.more = self._noise_weight
         splits = bool(averages_gradients or settings.node_period_steps == 1) and many
         self.model: nn.Module = SyncedModel(model, self._gradients, splits_graphs=splits)
         """The model to call: one object for the whole run, in all phases."""
@@ -222,8 +226,11 @@ class LocalSGD:
         if self.devices is not None:
             facts |= self.devices.alike()
         mine = {name: re.sub(r" at 0x[0-9a-f]+", "", repr(value)) for name, value in facts.items()}
-        digests = self.collectives.gather({"digest": zlib.crc32(repr(mine).encode())})
-        if len({rank["digest"] for rank in digests}) == 1:
+        # one number, which a float holds exactly
+        packed = round(100 * self._response) * 2**32 + zlib.crc32(repr(mine).encode())
+        everyones = [divmod(rank["packed"], 2**32) for rank in self.collectives.gather({"packed": packed})]
+        self._told.step_response = min(response for response, _ in everyones) / 100
+        if len({digest for _, digest in everyones}) == 1:
             return
         everyone = self.collectives.gather_objects(mine)
         name = next(name for name in mine if len({theirs[name] for theirs in everyone}) > 1)
@@ -317,6 +324,11 @@ class LocalSGD:
         batch = self._feed.own_batch
         return self._progress.lr_scale * (1.0 if batch is None else self.controller.batch_factor(batch))
 
+    def _noise_weight(self, via: Collectives) -> float:
+        """What this rank's gradient counts more or less in the next mean, for the noise that the Plan asks for."""
+        much = excess(self.plan)
+        return float(directions(via.size, much, self.local_step)[via.rank]) if much > 0 else 0.0
+
     def _before_update(self, with_closure: bool) -> float:
         """The optimizer is about to step, and asks by what to scale its rate."""
         self.clock.overlap_ends()
@@ -336,6 +348,8 @@ class LocalSGD:
             every, apart = self.plan.early_end == "gradient_change", not self._timetable.are_one
             apart = apart and self._host is None  # a device's first gradient is the consensus model's
             notes.look(self.replica.parameters, self.rounds, every=every, apart=apart)
+            if not with_closure:
+                self._noise.add(self.replica.parameters, self.plan, self.local_step, self.world.rank)
         return self.lr_scale
 
     def batches(
@@ -858,6 +872,7 @@ class LocalSGD:
             "early": self._early.state_dict(),
             "averager": self._averager.state_dict(),
             "gradients": self._gradients.state_dict(),
+            "noise": self._noise.state_dict(),
             "feed": self._feed.state_dict(),
             "timetable": self._timetable.state_dict(),
             "sent_bytes": self.collectives.sent_bytes,
@@ -887,6 +902,7 @@ class LocalSGD:
         self._averager.use(self.settings.under(self.plan))
         self._averager.load_state_dict(state["averager"])
         self._gradients.load_state_dict(state["gradients"])
+        self._noise.load_state_dict(state["noise"], self.replica.parameters[0].device)
         self._early.load_state_dict(state["early"])
         self._feed.load_state_dict(state["feed"])
         self._timetable.load_state_dict(state["timetable"])
