@@ -30,14 +30,14 @@ def train(config: Config) -> Summary | None:
     mine = digest(job.config)
     with open_world(config.world, mine) as world:
         compare_ranks(world, mine)
-        rank, summary = train_in(world, job)
-    if summary is not None and rank == 0 and job.config.record.report:
+        summary = train_in(world, job)
+    if summary is not None and summary["rank"] == 0 and job.config.record.report:
         draw_report(job)
-    return None if summary is None else {**summary, "rank": rank}
+    return summary
 
 
-def train_in(world: World, job: Job) -> tuple[int, Summary | None]:
-    """The loop itself, in a world that is open; this rank as it is in the end, and the end's figures."""
+def train_in(world: World, job: Job) -> Summary | None:
+    """The loop itself, in a world that is open."""
     config = job.config
     model, step = job.build(world)
     optimizer = build_optimizer(config.optim, model.parameters(), fused=may_fuse(model, step.scaler))
@@ -61,6 +61,6 @@ def train_in(world: World, job: Job) -> tuple[int, Summary | None]:
             run.evaluate_if_due()
             run.save_if_due()
         if not sync.stopping:
-            return sync.world.rank, run.end()
+            return run.end()
         run.stop()
-        return sync.world.rank, None
+        return None

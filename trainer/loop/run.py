@@ -327,7 +327,7 @@ class Run:
         self._await_save()
 
     def end(self) -> Summary:
-        """Average what is left, evaluate the consensus model, and sum up."""
+        """Average what is left, evaluate the consensus model, and sum up; the figures, and this rank."""
         self.record(self._sync.finish())
         if self._last.get("samples") != self._sync.samples or (self._job.hosted and not self._over_devices):
             self._sync.together(self._evaluate)
@@ -340,7 +340,7 @@ class Run:
                 self._records.event("warning", message=trouble)
         summary = self._summary()
         self._records.finish(summary)
-        return summary
+        return summary | {"rank": self._sync.world.rank}
 
     def _evaluate(self) -> None:
         config, sync = self._config, self._sync

@@ -195,6 +195,7 @@ class LocalSGD:
             self._rate.open()
             if self._elastic is not None:
                 self._elastic.begin()
+                self._told.step_response = self._response
                 self._averager.open()
                 self._regroup(None)
                 self.clock.start()
@@ -484,10 +485,6 @@ class LocalSGD:
         count, mean = self._counted(samples), _one_number(loss)
         if self._feed.idle:
             mean, count, correct, right = torch.zeros_like(mean), 0, None, None
-        if self._absorbs:
-            self._absorbs = False
-            self._feed.end_step()
-            return []
         correct = correct if correct is not None else right
         with torch.inference_mode(mode=False):
             heard = self._lasting(lambda: self._step(mean, count, skipped=skipped, correct=correct)) or []
