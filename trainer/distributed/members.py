@@ -96,6 +96,8 @@ class Members:
         """A newcomer waits to be let in."""
         self._run = 0
         """Of those that the members meet for, one after another."""
+        self._earlier: tuple[int, ...] = ()
+        """Who ended the run before together: those of them that are alive begin the next."""
         self._closed = False
         self._groups: Iterator[int] = itertools.count()
         self._made: list[Any] = []
@@ -193,7 +195,13 @@ class Members:
         return found | dict.fromkeys(silent, f"gave no sign of life for {SILENT_BEATS * HEART_S:g} s")
 
     def broken(self) -> str | None:
-        """Why the present epoch is over, where it is: some member asks for the next, or one is gone."""
+        """Why the present epoch is over, where it is: some member asks for the next, or one is gone. None also where
+        the store is gone, since the members need not be."""
+        with suppress(RuntimeError, OSError):
+            return self._broken()
+        return None
+
+    def _broken(self) -> str | None:
         assert self.epoch is not None
         asked = self._key(self.epoch.number + 1, "asked")
         if self._store.check([asked]):
@@ -204,7 +212,8 @@ class Members:
     def ask(self, reason: str) -> None:
         """Tell the others that the present epoch is over."""
         if self.epoch is not None:
-            self._store.set(self._key(self.epoch.number + 1, "asked"), reason)
+            with suppress(RuntimeError, OSError):  # a store that is gone is told of when they meet
+                self._store.set(self._key(self.epoch.number + 1, "asked"), reason)
 
     def leave(self, reason: str) -> None:
         """Take no further part; the others need not wait."""
@@ -213,8 +222,9 @@ class Members:
 
     def end(self, reason: str) -> None:
         """Leave a run that all end together; who begins again meets the others for the next one."""
+        assert self.epoch is not None
         self.leave(reason)
-        self.epoch = None
+        self._earlier, self.epoch = self.epoch.members, None
         self._run += 1
 
     def begin(self) -> None:
@@ -356,9 +366,12 @@ class Members:
                 told = now
                 if now:  # again for each epoch, since an earlier knock is answered by one that it came too late for
                     self._store.add(self._key("knocks"), 1)
-            if now == 0:
+            if now == 0 and not self._earlier:
                 self._propose_first()
-            elif time.monotonic() > look_at:
+            elif now == 0 and time.monotonic() > look_at:
+                look_at = time.monotonic() + LOOK_S / 2
+                self._propose_next_run()
+            elif now and time.monotonic() > look_at:
                 look_at = time.monotonic() + LOOK_S
                 there = self._read(now - 1).members
                 others = [n for n in there if n != self.number]
@@ -369,7 +382,11 @@ class Members:
             if time.monotonic() > deadline:
                 waited = f"in {self.timeout_s:g} s"
                 here = sum(self._is_here(0, n) for n in range(self._store.add(_key("count"), 0)))
-                said = f"{here} of {self.ranks} ranks came" if now == 0 else "no member let this one in"
+                said = (
+                    f"{here} of {len(self._earlier) or self.ranks} ranks came"
+                    if now == 0
+                    else "no member let this one in"
+                )
                 raise TooFewError(f"{said} {waited}")
             time.sleep(PAUSE_S)
 
@@ -378,13 +395,31 @@ class Members:
         if len(here) < self.ranks or self._store.check([self._key(0)]):
             return
         here = [n for n in here if not self._gone([n])][: self.max_ranks]
+        if len(here) >= self.ranks:
+            self._write_first(here)
+
+    def _propose_next_run(self) -> None:
+        """The same, of a run that those begin who ended the one before, as far as they are alive."""
+        gone = self._gone(self._earlier)
+        here = [n for n in self._earlier if n not in gone]
+        if not all(self._is_here(0, n) for n in here) or self._store.check([self._key(0)]):
+            return
+        if len(here) < self.min_ranks:
+            raise TooFewError(f"{len(here)} of at least {self.min_ranks} ranks are left")
+        self._write_first(here)
+
+    def _write_first(self, here: Sequence[int]) -> None:
+        """Begin a run with these members.
+
+        Raises:
+            MismatchError: they do not run the same.
+        """
         alike = {n: json.loads(self._store.get(self._key("alike", n))) for n in here}
         other = next((n for n in here if alike[n] != alike[here[0]]), None)
         if other is not None:
             raise MismatchError(_difference(alike[other], alike[here[0]], ("on a rank", "on another")))
-        if len(here) >= self.ranks:
-            facts = {n: json.loads(self._store.get(self._key(0, "here", n))) for n in here}
-            self._write(0, here, facts, {})
+        facts = {n: json.loads(self._store.get(self._key(0, "here", n))) for n in here}
+        self._write(0, here, facts, {})
 
     def _is_here(self, number: int, member: int) -> bool:
         return bool(self._store.check([self._key(number, "here", member)]))
@@ -431,12 +466,15 @@ class Members:
         """A process group of the present epoch; all its members call this, in one order.
 
         Raises:
-            PeerError: a member went away before it was made.
+            PeerError: a member went away before it was made, or the store is gone.
         """
         assert self.epoch is not None
         rank, size = self.epoch.members.index(self.number), len(self.epoch.members)
         # a connection of its own, which may wait without holding up this process's other questions
-        store = distributed_c10d.PrefixStore(f"{self.prefix}/group-{next(self._groups)}", self._connect())
+        try:
+            store = distributed_c10d.PrefixStore(f"{self.prefix}/group-{next(self._groups)}", self._connect())
+        except ConfigError as error:
+            raise TooFewError(f"the store at {self._address} is gone") from error
         timeout = timedelta(seconds=self.timeout_s)
         group = self._watched(
             lambda: distributed_c10d.ProcessGroupGloo(store, rank, size, timeout), "joining the new group"

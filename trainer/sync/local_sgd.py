@@ -831,6 +831,8 @@ class LocalSGD:
         else:
             self._progress.go_on(0, 0)
         self._averager.reopen(self.settings.under(self.plan))
+        if any(plan.averages == "gradients" for plan in self.controller.policy.plans()):
+            self.collectives.for_gradients()  # now, while the store is there: it may be gone when it is first used
         if state is not None:
             self._averager.load_outers(state["outers"])
         self._timetable.begin_anew()
