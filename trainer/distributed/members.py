@@ -89,7 +89,7 @@ class Members:
             raise ConfigError(f"max_ranks = {max_ranks}: must be at least {ranks}, the ranks that the run begins with")
         self.ranks, self.min_ranks, self.max_ranks, self.timeout_s = ranks, min_ranks, max_ranks, timeout_s
         self._address, self._host, self._port = address, *_host_and_port(address)
-        self._store = self._connect()
+        self._store = _Store(self._connect())
         self.epoch: Epoch | None = None
         """The present one; None before the first."""
         self.knocked = False
@@ -150,7 +150,7 @@ class Members:
 
     def _keep_beating(self) -> None:
         with suppress(Exception):  # a store that is gone is noticed by whoever needs it
-            store = self._connect()  # of its own, so that no other call holds it up
+            store = _Store(self._connect())  # of its own, so that no other call holds it up
             for beat in itertools.count(1):
                 if self._ended.wait(HEART_S):
                     return
@@ -507,6 +507,28 @@ class Members:
         if failed:
             raise PeerError(f"{what} failed: {str(failed[0]).splitlines()[0]}") from failed[0]
         return found[0]
+
+
+class _Store:
+    """A store that is asked no more once its connection is lost: the backend says each failure in a page of its own."""
+
+    def __init__(self, store: Any) -> None:
+        self._store = store
+        self._lost: str | None = None
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        call = getattr(self._store, name)
+
+        def ask(*args: Any) -> Any:
+            if self._lost is not None:
+                raise RuntimeError(self._lost)
+            try:
+                return call(*args)
+            except dist.DistNetworkError as error:
+                self._lost = str(error)
+                raise
+
+        return ask
 
 
 def hangs() -> bool:
