@@ -15,6 +15,8 @@ from trainer.errors import ConfigError, DataError, MismatchError, PeerError
 
 def guarded(prog: str, work: Callable[[], int]) -> int:
     """Run a command so that what goes wrong is said once, to people, with the exit code that goes with it."""
+    # torch's C++ part logs a page for each connection that a peer closes; what comes of it is said below, in one line
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         return work()
     except ConfigError as error:

@@ -15,6 +15,8 @@ from typing import Any
 
 from ranks import context, free_port
 
+from trainer.distributed.members import _key
+
 SAMPLES = 4_000
 
 
@@ -40,6 +42,12 @@ class Loop:
     min_ranks: int = 1
     evaluates: bool = False
     """Sum something over all ranks after every 50 local steps."""
+    hidden: int = 16
+    """Of the model."""
+    unfreezes_at: int | None = None
+    """The first layer is frozen until this local step."""
+    runs: int = 1
+    """So many, one after another."""
 
 
 class Member:
@@ -84,6 +92,15 @@ def store() -> Iterator[str]:
         process.terminate()
         process.join(10)
         assert process.exitcode == 0
+
+
+def wait_until_begun(address: str) -> None:
+    """Until a run's members have met."""
+    import torch.distributed as dist
+
+    host, port = address.split(":")
+    there = dist.TCPStore(host, int(port), is_master=False, wait_for_workers=False)  # type: ignore[attr-defined]
+    there.wait([_key("run-0", 0, "entered")])
 
 
 def _store(port: int) -> None:
@@ -132,8 +149,10 @@ def _member(address: str, out: str, about: dict[str, Any]) -> None:
     inputs, numbers = torch.randn(SAMPLES, 6), torch.arange(SAMPLES)
     targets = inputs.sum(1, keepdim=True).tanh()
     dataset = torch.utils.data.TensorDataset(inputs, targets, numbers)
-    model = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 1))
+    model = nn.Sequential(nn.Linear(6, loop.hidden), nn.BatchNorm1d(loop.hidden), nn.ReLU(), nn.Linear(loop.hidden, 1))
+    model[0].requires_grad_(loop.unfreezes_at is None)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 10, 0.9)
     small, *more = (Plan(batch, sync_period_steps=period) for batch, period in loop.plans)
     policy: Any = Alternating(small=small, large=more[0], samples_per_phase=400) if more else Constant(small)
     members = Members(address, ranks=loop.ranks, min_ranks=loop.min_ranks, timeout_s=30)
@@ -141,7 +160,8 @@ def _member(address: str, out: str, about: dict[str, Any]) -> None:
     heard: list[dict[str, Any]] = []
     told_sums: list[float | None] = []
     error = None
-    try:
+
+    def run() -> dict[str, Any]:
         with LocalSGD(model, optimizer, policy, settings=loop.settings, world=World.elastic(members)) as sync:
             data: Any = dataset
             if loop.data == "loader":
@@ -151,6 +171,7 @@ def _member(address: str, out: str, about: dict[str, Any]) -> None:
 
             sums = Sums()
             sync.carry("sums", sums)
+            sync.carry("schedule", schedule)
 
             def evaluate_if_due() -> None:
                 if loop.evaluates and sync.between_rounds and sync.local_step // 50 > sums.count:
@@ -158,20 +179,26 @@ def _member(address: str, out: str, about: dict[str, Any]) -> None:
                     sums.count = sync.local_step // 50
                     told_sums.append(found)
 
-            if sync.is_newcomer:
-                evaluate_if_due()
             for x, y, number in sync.batches(data, loop.samples):
+                if sync.local_step == loop.unfreezes_at:
+                    model[0].requires_grad_()
                 optimizer.zero_grad()
                 loss = nn.functional.mse_loss(sync.model(x), y)
                 loss.backward()
                 optimizer.step()
-                seen += [] if sync._feed.idle else number.tolist()
+                seen.extend([] if sync._feed.idle else number.tolist())
                 sync.step(loss)
-                heard += [asdict(each) | {"left": dict(each.left)} for each in sync.regroupings()]
+                schedule.step()
+                heard.extend(asdict(each) | {"left": dict(each.left)} for each in sync.regroupings())
                 evaluate_if_due()
                 time.sleep(loop.pause_s)
-            heard += [asdict(each) | {"left": dict(each.left)} for each in sync.regroupings()]
-        told = {"samples": sync.samples, "local_step": sync.local_step, "ranks": sync.world.size, "sums": told_sums}
+            heard.extend(asdict(each) | {"left": dict(each.left)} for each in sync.regroupings())
+        about = {"lr": optimizer.param_groups[0]["lr"], "sums": told_sums}
+        return {"samples": sync.samples, "local_step": sync.local_step, "ranks": sync.world.size, **about}
+
+    try:
+        for _ in range(loop.runs):
+            told = run()
     except Exception as raised:
         told, error = {}, f"{type(raised).__name__}: {raised}"
     members.close()

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from commands import Command
-from members import Loop, Member, store
+from members import Loop, Member, store, wait_until_begun
 from small_run import records
 
 from trainer.distributed.members import HEART_S, SILENT_BEATS, Members
@@ -37,7 +37,7 @@ LOOPS = {
 def are_one(told: Sequence[Mapping[str, Any]], samples: int) -> None:
     """These members ended well, at one place, with one model, after at least so many samples."""
     assert [(each["exitcode"], each["error"]) for each in told] == [(0, None)] * len(told)
-    for fact in ("weights", "samples", "local_step", "ranks"):
+    for fact in ("weights", "samples", "local_step", "ranks", "lr"):
         assert len({json.dumps(each[fact]) for each in told}) == 1, fact
     assert told[0]["samples"] >= samples - 8 * 4
 
@@ -114,6 +114,64 @@ def test_a_newcomer_to_a_run_that_is_over_is_told(tmp_path: Path) -> None:
         assert Member(address, tmp_path / "first", loop).end()["exitcode"] == 0
         late = Member(address, tmp_path / "late", loop).end()
     assert "has ended: start another store for another run" in late["error"]
+
+
+def test_newcomers_that_do_not_fit_are_refused_once_and_the_others_go_on(tmp_path: Path) -> None:
+    loop = replace(LOOPS["parameters"], ranks=2, pause_s=0.03)
+    others = {
+        "parameter '0.weight' is (8, 6)": replace(loop, hidden=8),
+        "policy of LocalSGD is Constant": replace(loop, plans=((8, 2),)),
+        "settings of LocalSGD is SyncConfig": replace(loop, settings={"wire_format": "int8"}),
+    }
+    with store() as address:
+        members = [Member(address, tmp_path / str(rank), loop) for rank in range(2)]
+        wait_until_begun(address)
+        refused = [Member(address, tmp_path / f"other-{n}", other) for n, other in enumerate(others.values())]
+        errors = [member.end()["error"] for member in refused]
+        told = [member.end() for member in members]
+    for said, error in zip(others, errors, strict=True):
+        assert f"MismatchError: the {said}" in error
+    are_one(told, loop.samples)
+    assert [change["ranks"] for change in told[0]["heard"]] == [2] * len(told[0]["heard"])
+    assert len(told[0]["heard"]) <= len(others)
+
+
+@pytest.mark.parametrize("name", ["parameters", "gradients"])
+def test_a_newcomer_takes_the_schedule_and_the_layers_that_are_unfrozen(tmp_path: Path, name: str) -> None:
+    loop = replace(LOOPS[name], ranks=2, pause_s=0.03, unfreezes_at=12, samples=1_600)
+    with store() as address:
+        members = [Member(address, tmp_path / str(rank), loop) for rank in range(2)]
+        wait_until_begun(address)
+        time.sleep(0.6)
+        members.append(Member(address, tmp_path / "new", loop))
+        told = [member.end() for member in members]
+    are_one(told, loop.samples)
+    read_once(told)
+    assert [change["ranks"] for change in told[2]["heard"]] == [3]
+
+
+def test_members_meet_for_one_run_after_another(tmp_path: Path) -> None:
+    loop = replace(LOOPS["parameters"], samples=480, runs=3)
+    with store() as address:
+        loops = [loop, replace(loop, ends_at_call=60), loop]
+        members = [Member(address, tmp_path / str(rank), each) for rank, each in enumerate(loops)]
+        first, killed, last = (member.end() for member in members)
+    assert killed["exitcode"] == -signal.SIGKILL
+    are_one([first, last], loop.samples)
+    assert first["ranks"] == 2
+
+
+def test_without_its_store_a_run_goes_on_until_the_ranks_change(tmp_path: Path) -> None:
+    loop = replace(LOOPS["both"], pause_s=0.02, ranks=2)
+    with store() as address, store() as another:
+        members = [Member(address, tmp_path / str(rank), loop) for rank in range(2)]
+        losing = [Member(another, tmp_path / f"losing-{rank}", replace(loop, pause_s=0.3)) for rank in range(2)]
+        wait_until_begun(address)
+        wait_until_begun(another)
+    time.sleep(0.5)
+    losing[1].process.kill()
+    are_one([member.end() for member in members], loop.samples)
+    assert f"TooFewError: the store at {another} is gone" in losing[0].end()["error"]
 
 
 def test_what_members_cannot_have_is_said() -> None:

@@ -84,7 +84,10 @@ class Elastic:
         told: Rounds,
         progress: Progress,
         feed: Feed,
+        alike: Mapping[str, str],
     ) -> None:
+        self._alike = alike
+        """By name, what all ranks must have in common, besides the model and the optimizer."""
         self._members, self._replica, self._averager, self._timetable = members, replica, averager, timetable
         self._gradients, self._told, self._progress, self._feed = gradients, told, progress, feed
         self._via = replica.collectives
@@ -166,18 +169,23 @@ class Elastic:
         self._gradients.take_off()
         self._averager.drop()
         self._members.abandon()
-        epoch = self._members.meet(facts, admit=admit)
+        alike = {**self._alike, **self._replica.layout.described()}
+        epoch = self._members.meet(facts, admit=admit, alike=alike)
         everyone = epoch.facts
         mine = everyone[epoch.members.index(self._members.number)]
         self._via.regroup(self._via.world.of_epoch(epoch))
         (furthest, landed), place = everyone[0]["place"], mine["place"][0]
         behind = place < furthest
+        if furthest < 0:
+            Layout.compare(self._replica.layout, self._via)
+        elif self._replica.follow(self._via.object_of_first(self._replica.trained), is_new=place < 0):
+            self._averager.retake()
         made = self._made_one(everyone)
         sent, optimizer = None, None
         if furthest >= 0:
             sent = self._via.object_of_first(lambda: self._sent(state))
             if any(each["place"][0] < furthest for each in everyone):
-                optimizer = self._via.object_of_first(self._replica.whole_state)
+                optimizer = self._via.object_of_first(self._replica.whole_optimizer)
                 self._replica.give_rests()
         else:
             self._replica.give_rests()
@@ -186,7 +194,7 @@ class Elastic:
             for flat, mean in zip(self._replica.flat_parameters.adopt(), made, strict=True):
                 flat.copy_(mean)
         if behind and optimizer is not None:
-            self._replica.take_whole_state(optimizer)
+            self._replica.take_whole_optimizer(*optimizer, settings_too=place < 0)
         self.place, self._averager.landed = furthest + 1, landed + 1
         owes = behind and everyone[0]["in_hand"] and not mine["in_hand"]
         before = self._standing  # of a group that this rank has gone on in, and that failed at once
@@ -202,8 +210,6 @@ class Elastic:
 
     def _made_one(self, everyone: Sequence[Facts]) -> list[torch.Tensor]:
         """The consensus of those that are furthest, beside this rank's own values, which stay."""
-        if any(each["place"] == NOWHERE for each in everyone):
-            Layout.compare(self._replica.layout, self._via)
         weight = weights(everyone)[self._via.rank]
         with torch.no_grad():
             made = [flat.clone() for flat in self._replica.flat_parameters.adopt()]

@@ -126,6 +126,8 @@ class Feed:
         """Counts the worlds that this feed has served; a pass of an earlier one is begun anew."""
         self.on_failure: Callable[[PeerError], bool] | None = None
         """Mends what fails because a peer has gone; true: this rank owes the others a step. None: it is raised."""
+        self.between_steps: Callable[[], bool] = lambda: False
+        """Lets newcomers in where they wait, before a step's first batch; true: this rank owes the others a step."""
         self._reader: tuple[Any, Options, DeviceItems] | None = None
         """Of devices' samples: the data and options that it was made for, and the reader."""
 
@@ -245,6 +247,7 @@ class Feed:
             stream.regroup(self.via.world, self._past)
             self._past = None
         while self.progress.samples < total and not self.told.stopping:
+            self.between_steps()  # a step that it owes is the next one of the stream
             share = -(-(total - self.progress.samples) // self.via.size)
             with self.clock.waiting("input_wait"):
                 batch = stream.take(min(self.plan.batch_per_rank, share))
@@ -322,6 +325,9 @@ class Feed:
         """The batches of a pass, also where the ranks change on the way; what it is in the end."""
         try:
             while not self.told.stopping and not this.limit_reached:
+                if not self._taken and self.between_steps():
+                    yield self._alone(this)
+                    continue
                 if this.world != self._world:
                     this = self._begun_by_all(data, options, this)
                 try:

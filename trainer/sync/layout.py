@@ -66,6 +66,13 @@ class Layout:
         """Fingerprint of all that is compared."""
         return zlib.crc32(repr((self.parameters, self.buffers, self.optimizer)).encode())
 
+    def described(self) -> dict[str, str]:
+        """By name, what a rank that comes later must have alike; which layers are frozen it takes from the others."""
+        told = {"optimizer": self.optimizer}
+        for name, shape, strides, kind, _, place in self.parameters:
+            told[f"parameter {name!r}"] = f"{shape} in strides {strides} of {kind} at place {place} in the optimizer"
+        return told | {f"buffer {name!r}": f"{shape} of {kind}" for name, shape, kind in self.buffers}
+
     @staticmethod
     def compare(mine: Layout, via: Collectives) -> None:
         """Make sure that all ranks have one layout.

@@ -157,8 +157,9 @@ class LocalSGD:
         self._feed = Feed(*gathered, self._gradients, self.settings.observe_steps, self._host)
         if self.world.members is not None:
             parts = self.replica, self._averager, self._timetable, self._gradients
-            self._elastic = Elastic(self.world.members, *parts, self._told, self._progress, self._feed)
+            self._elastic = Elastic(self.world.members, *parts, self._told, self._progress, self._feed, self._facts())
             self._gradients.on_failure, self._feed.on_failure = self._mend_gradients, self._mend_feed
+            self._feed.between_steps = self._let_in
         # a local step without data of its own changes nothing
         self._rate = ScaledRate(
             self.optimizer, self._before_update, lambda: self._inside and self._feed.idle and not self._gradients.on
@@ -222,11 +223,7 @@ class LocalSGD:
         Raises:
             MismatchError: names the field, and every rank's value.
         """
-        facts = {"policy": self.controller.policy, "settings": self.settings, "plan": self.plan}
-        facts = {f"{name} of LocalSGD": value for name, value in facts.items()}
-        if self.devices is not None:
-            facts |= self.devices.alike()
-        mine = {name: re.sub(r" at 0x[0-9a-f]+", "", repr(value)) for name, value in facts.items()}
+        mine = self._facts()
         # one number, which a float holds exactly
         packed = round(100 * self._response) * 2**32 + zlib.crc32(repr(mine).encode())
         everyones = [divmod(rank["packed"], 2**32) for rank in self.collectives.gather({"packed": packed})]
@@ -237,6 +234,14 @@ class LocalSGD:
         name = next(name for name in mine if len({theirs[name] for theirs in everyone}) > 1)
         sides = ", ".join(f"{theirs[name]} on rank {rank}" for rank, theirs in enumerate(everyone))
         raise MismatchError(f"the {name} is {sides}; give all ranks the same")
+
+    def _facts(self) -> dict[str, str]:
+        """By name, what all ranks must have in common."""
+        facts = {"policy": self.controller.policy, "settings": self.settings, "plan": self.plan}
+        facts = {f"{name} of LocalSGD": value for name, value in facts.items()}
+        if self.devices is not None:
+            facts |= self.devices.alike()
+        return {name: re.sub(r" at 0x[0-9a-f]+", "", repr(value)) for name, value in facts.items()}
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -258,7 +263,10 @@ class LocalSGD:
         if error is not None:
             self.world.board.say(told(error))
         if self.world.members is not None:
-            self.world.members.leave("ended its loop" if error is None else told(error))
+            if error is None:
+                self.world.members.end("ended its loop")
+            else:
+                self.world.members.leave(told(error))
         self._abandon()
         self._feed.close()
         self.clock.stop()
@@ -482,14 +490,14 @@ class LocalSGD:
                 "sync.step: with devices each call is for one batch of sync.batches(dataset), which goes through this "
                 "rank's devices in turn; take batches from there, and call sync.step once for each"
             )
-        count, mean = self._counted(samples), _one_number(loss)
+        count, mean, of_feed = self._counted(samples), _one_number(loss), self._feed.handed_out
         if self._feed.idle:
             mean, count, correct, right = torch.zeros_like(mean), 0, None, None
         correct = correct if correct is not None else right
         with torch.inference_mode(mode=False):
             heard = self._lasting(lambda: self._step(mean, count, skipped=skipped, correct=correct)) or []
-            if self._told.admitting and self._progress.round_steps == 0:
-                self._regroup(None)
+            if not of_feed:
+                self._let_in()
         self.world.board.step = self.local_step + 1
         for each in heard:
             if each.left_out:
@@ -811,6 +819,11 @@ class LocalSGD:
         with self.clock.off("other"), torch.inference_mode(mode=False):
             return self._elastic.regroup(cause, self._place_in_run, self._go_on_from, admit=cause is None)
 
+    def _let_in(self) -> bool:
+        """Between two rounds let in who waits; whether this rank owes the others a step then."""
+        waits = self._told.admitting and self._progress.round_steps == 0
+        return waits and self._regroup(None).owes_step
+
     def _place_in_run(self) -> dict[str, Any]:
         """What a rank that goes on from here must know, besides the model, the optimizer and the data."""
         counts = {name: getattr(self._progress, name) for name in ("local_step", "rounds")}
@@ -829,6 +842,8 @@ class LocalSGD:
         else:
             self._progress.go_on(0, 0)
         self._averager.reopen(self.settings.under(self.plan))
+        if any(plan.averages == "gradients" for plan in self.controller.policy.plans()):
+            self.collectives.for_gradients()  # now, while the store is there: it may be gone when it is first used
         if state is not None:
             self._averager.load_outers(state["outers"])
         self._timetable.begin_anew()

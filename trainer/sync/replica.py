@@ -87,6 +87,28 @@ class Replica:
         self._take_members()
         Layout.compare(self.layout, self.collectives)
 
+    def trained(self) -> tuple[list[str], list[str]]:
+        """Names of the members, and of the parameters that require a gradient now."""
+        needs = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+        return [row[0] for row in self.layout.parameters if row[4]], needs
+
+    def follow(self, trained: tuple[Sequence[str], Sequence[str]], *, is_new: bool) -> bool:
+        """Have the members of another rank's `trained`; whether they were others before.
+
+        Args:
+            trained: the other rank's.
+            is_new: this rank comes to those who may have frozen or unfrozen layers before: it does the same.
+        """
+        members, needs = trained
+        if is_new:
+            for name, parameter in self.model.named_parameters():
+                if parameter.requires_grad != (name in needs):
+                    parameter.requires_grad_(name in needs)
+        differs = self.trained()[0] != members
+        if differs or self.layout.differs():
+            self._take_members(members)
+        return differs
+
     # ---- what is no member: frozen parameters and buffers
 
     def rests(self) -> dict[str, torch.Tensor]:
@@ -236,6 +258,20 @@ class Replica:
                 key: _to(value, "cpu" if devices.get(key) == "cpu" else parameter.device)
                 for key, value in theirs[index].items()
             }
+
+    def whole_optimizer(self) -> tuple[dict[int, Any], list[dict[str, Any]]]:
+        """The optimizer's state, and the settings of its groups."""
+        groups = self.optimizer.param_groups
+        return self.whole_state(), [{n: _to(each, "cpu") for n, each in g.items() if n != "params"} for g in groups]
+
+    def take_whole_optimizer(
+        self, state: Mapping[int, Any], settings: Sequence[Mapping[str, Any]], *, settings_too: bool
+    ) -> None:
+        """Go on with another rank's `whole_optimizer`, or with its state alone."""
+        self.take_whole_state(state)
+        if settings_too:
+            for group, theirs in zip(self.optimizer.param_groups, settings, strict=True):
+                group.update(theirs)
 
     def state_layout(self) -> int:
         """Fingerprint of which optimizer state this rank has; 0 where its state is not averaged."""
