@@ -436,7 +436,7 @@ class LocalSGD:
         """
         if self._feed.idle:
             loss = torch.zeros_like(loss)
-        if not self._gradients.on:
+        if self._absorbs or not self._gradients.on:
             return lambda: math.isfinite(loss.item())
         via = self._gradients.collectives
         vote = self._agreed_or_own(lambda: via.begin_sum(loss))
