@@ -198,6 +198,9 @@ def test_what_members_cannot_have_is_said() -> None:
                 Members(address, job="that")
         finally:
             first.close()
+        for again in (first.begin, lambda: first.meet({})):
+            with pytest.raises(ConfigError, match="members are closed"):
+                again()
 
 
 def start(folder: Path, address: str, *flags: str) -> Command:
