@@ -150,6 +150,16 @@ def test_a_newcomer_takes_the_schedule_and_the_layers_that_are_unfrozen(tmp_path
     assert [change["ranks"] for change in told[2]["heard"]] == [3]
 
 
+def test_a_rank_that_dies_as_a_loaders_pass_begins_costs_no_pass(tmp_path: Path) -> None:
+    loop = replace(LOOPS["loader"], pause_s=0.03, samples=1_600)
+    with store() as address:
+        loops = [loop, loop, replace(loop, ends_at_call=7)]  # where ranks first tell what their loaders read
+        members = [Member(address, tmp_path / str(rank), each) for rank, each in enumerate(loops)]
+        assert members[2].end()["exitcode"] == -signal.SIGKILL
+        members[2] = Member(address, tmp_path / "new", loop)
+        are_one([member.end() for member in members], loop.samples)
+
+
 def test_members_meet_for_one_run_after_another(tmp_path: Path) -> None:
     loop = replace(LOOPS["parameters"], samples=480, runs=3)
     with store() as address:
@@ -188,6 +198,9 @@ def test_what_members_cannot_have_is_said() -> None:
                 Members(address, job="that")
         finally:
             first.close()
+        for again in (first.begin, lambda: first.meet({})):
+            with pytest.raises(ConfigError, match="members are closed"):
+                again()
 
 
 def start(folder: Path, address: str, *flags: str) -> Command:

@@ -233,11 +233,14 @@ class Members:
         Raises:
             ConfigError: they are closed.
         """
-        if self._closed:
-            raise ConfigError("members are closed: close them after the last block of LocalSGD that they meet for")
+        self._require_open()
         self.epoch = None
         with suppress(Exception):
             self._store.delete_key(self._key("left", self.number))
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise ConfigError("members are closed: close them after the last block of LocalSGD that they meet for")
 
     def close(self) -> None:
         """Give no more signs of life."""
@@ -262,7 +265,9 @@ class Members:
         Raises:
             PeerError: too few are left, or they do not come in time; or the store is gone.
             MismatchError: this is a newcomer, and was refused; or those that begin differ.
+            ConfigError: they are closed.
         """
+        self._require_open()
         try:
             self._store.set(self._key("alike", self.number), json.dumps(dict(alike or {})))
             if self.epoch is not None:

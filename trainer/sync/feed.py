@@ -351,9 +351,10 @@ class Feed:
             this.supply.close()
 
     def _begun_by_all(self, data: Any, options: Options, going: Pass | None = None) -> Pass:
+        opened: list[tuple[Supply, Cursor]] = []
         while True:
             try:
-                return self._begin(data, options, going)
+                return self._begin(data, options, opened, going)
             except PeerError as error:
                 if self._mended(error):
                     raise  # the others are a step ahead, and there is no batch to take it with
@@ -470,12 +471,15 @@ class Feed:
 
     # ---- beginning a pass
 
-    def _begin(self, data: Any, options: Options, going: Pass | None = None) -> Pass:
+    def _begin(
+        self, data: Any, options: Options, opened: list[tuple[Supply, Cursor]], going: Pass | None = None
+    ) -> Pass:
         """Open the data on every rank, compare, and begin the next pass or go on with one of a checkpoint.
 
         Args:
             data: of the user.
             options: of the call.
+            opened: the data, where a try before this one has opened it; data of a rank's own is read on from there.
             going: the pass that is going on in another world; data of a rank's own is read on where it is.
         """
         problem: Exception | None = None
@@ -490,16 +494,13 @@ class Feed:
             else:
                 if going is not None:
                     going.supply.close()
-                supply = open_supply(
-                    data,
-                    self._place(options),
-                    collate=options.collate_fn,
-                    workers=options.workers,
-                    shard=options.shard,
-                )
-                cursor = self._cursor(supply, options)
+                supply, cursor = self._opened(data, options, opened)
             facts = {"length": supply.length, "kind": KINDS.index(supply.kind), "number": cursor.number}
-            facts["left"] = sum(supply.left) if own is not None else self._seek(supply, cursor, options)
+            if own is not None:
+                facts["left"] = sum(supply.left)
+            else:
+                facts["left"] = self._sought(supply, cursor, options) if opened else self._seek(supply, cursor, options)
+            opened[:] = [(supply, cursor)]
             facts["ended"] = supply.ended
         except (ConfigError, DataError) as error:
             problem = error
@@ -520,6 +521,18 @@ class Feed:
         self._running[cursor.key, cursor.number] = this
         return this
 
+    def _opened(self, data: Any, options: Options, opened: list[tuple[Supply, Cursor]]) -> tuple[Supply, Cursor]:
+        """The data, and the pass over it: what a try before has opened, as far as it is the same pass."""
+        for supply, cursor in opened:
+            if not cursor.is_dealt and cursor == self._cursor(supply, options):
+                return supply, cursor
+            supply.close()
+        opened.clear()
+        supply = open_supply(
+            data, self._place(options), collate=options.collate_fn, workers=options.workers, shard=options.shard
+        )
+        return supply, self._cursor(supply, options)
+
     def _place(self, options: Options) -> Place:
         return Place(self.via.rank, self.via.size, self.via.world.device, options.seed)
 
@@ -532,10 +545,15 @@ class Feed:
                 return 0
             back = cursor.last if options.uneven == "go_on" else 0
             supply.begin(cursor.number, cursor.consumed - back, cursor.past)
-            if not supply.by_samples:
-                return 0
-            supply.look_ahead(self.ahead(), self.plan.batch_per_rank + back)
-            return sum(supply.left) - back
+            return self._sought(supply, cursor, options)
+
+    def _sought(self, supply: Supply, cursor: Cursor, options: Options) -> int:
+        """The samples known to be left from the cursor on."""
+        if not supply.by_samples:
+            return 0
+        back = cursor.last if options.uneven == "go_on" else 0
+        supply.look_ahead(self.ahead(), self.plan.batch_per_rank + back)
+        return sum(supply.left) - back
 
     def ahead(self) -> int:
         """Steps to look ahead for a vote: a world of one needs none."""
@@ -875,11 +893,6 @@ class ByBatches(Pass):
                 self._again(1)
         self._rows: list[list[int]] = [[] for _ in range(feed.via.size)]
         self._ended = [False] * feed.via.size
-        self._ask()
-        if not cursor.consumed:
-            feed.refuse_nothing([len(row) for row in self._rows], cursor.kind)
-        if supply.left:
-            feed.warn_of_size(supply.left[0])
 
     def _ask(self) -> None:
         self._ahead = self.feed.ahead()
@@ -891,6 +904,10 @@ class ByBatches(Pass):
         rows = ([int(rank[f"size{slot}"]) - 2 for slot in range(self._ahead)] for rank in told)
         self._rows = [[size for size in row if size >= UNKNOWN] for row in rows]
         self._ended = [bool(rank["ended"]) for rank in told]
+        if not self.cursor.consumed:
+            self.feed.refuse_nothing([len(row) for row in self._rows], self.cursor.kind)
+        if self.supply.left:
+            self.feed.warn_of_size(self.supply.left[0])
 
     def next(self) -> tuple[Any, Sizes] | None:
         if any(not row and not ended for row, ended in zip(self._rows, self._ended, strict=True)):

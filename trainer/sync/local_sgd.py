@@ -786,7 +786,8 @@ class LocalSGD:
 
     @property
     def is_newcomer(self) -> bool:
-        """This rank came when the others had begun: do first what they do after `step`."""
+        """This rank came when the others had begun. A loop with batches of its own does first what they do after
+        `step`."""
         return self._elastic is not None and self._elastic.is_new
 
     def _lasting(self, work: Callable[[], T], *, again: bool = False) -> T | None:
