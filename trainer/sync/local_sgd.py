@@ -485,6 +485,10 @@ class LocalSGD:
             PeerError: a peer left.
         """
         self._require_inside("step")
+        if self._absorbs:
+            self._absorbs = False
+            self._feed.end_step()
+            return []
         if self._host is not None and not self._feed.handed_out:
             raise ConfigError(
                 "sync.step: with devices each call is for one batch of sync.batches(dataset), which goes through this "
