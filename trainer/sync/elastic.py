@@ -62,7 +62,7 @@ class Standing:
     behind: bool
     """The others had finished what this rank was doing: it took their model, and need not do it again."""
     owes_step: bool
-    """They have a batch in hand, and this rank has none."""
+    """They have a batch in hand of a step that this rank has yet to begin."""
 
 
 class Elastic:
@@ -196,7 +196,7 @@ class Elastic:
         if behind and optimizer is not None:
             self._replica.take_whole_optimizer(*optimizer, settings_too=place < 0)
         self.place, self._averager.landed = furthest + 1, landed + 1
-        owes = behind and everyone[0]["in_hand"] and not mine["in_hand"]
+        owes = behind and everyone[0]["in_hand"]  # a batch of its own in hand is of a step before
         before = self._standing  # of a group that this rank has gone on in, and that failed at once
         self._standing = Standing(before.behind or behind, before.owes_step or owes)
         if sent is None:

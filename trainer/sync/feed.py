@@ -119,6 +119,9 @@ class Feed:
         self._taken: dict[tuple[Key, int], Sizes] = {}
         self._weighed = self._warned = self._of_loader = False
         self._running: dict[tuple[Key, int], Pass] = {}
+        self.owes_step = False
+        """The other ranks have a batch in hand, and this one has none: it takes their step with one that counts for
+        nothing."""
         self._stream: ShardStream | None = None
         self._past: list[Any] | None = None
         """Of the trainer's stream, the worlds that it went through before this rank was new."""
@@ -325,7 +328,8 @@ class Feed:
         """The batches of a pass, also where the ranks change on the way; what it is in the end."""
         try:
             while not self.told.stopping and not this.limit_reached:
-                if not self._taken and self.between_steps():
+                if not self._taken and (self.owes_step or self.between_steps()):
+                    self.owes_step = False
                     yield self._alone(this)
                     continue
                 if this.world != self._world:
@@ -894,6 +898,12 @@ class ByBatches(Pass):
         self._rows: list[list[int]] = [[] for _ in range(feed.via.size)]
         self._ended = [False] * feed.via.size
 
+    def spare(self) -> Any:
+        self.supply.look_ahead(1, 0)
+        if not self.supply.left:
+            return super().spare()
+        return put(self.supply.take(1, lambda: iter(())), self.feed.via.world.device)
+
     def _ask(self) -> None:
         self._ahead = self.feed.ahead()
         self._look_ahead(self._ahead, 0)
@@ -927,6 +937,11 @@ class AsPlanned(Pass):
 
     def lefts(self) -> list[int]:
         return list(self.cursor.left or ())
+
+    def spare(self) -> Any:
+        assert isinstance(self.supply, PlannedLoader)
+        found = self.supply.next_batch()
+        return super().spare() if found is None else put(found[0], self.feed.via.world.device)
 
     def next(self) -> tuple[Any, Sizes] | None:
         assert isinstance(self.supply, PlannedLoader)

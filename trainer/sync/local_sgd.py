@@ -804,7 +804,9 @@ class LocalSGD:
             try:
                 result = work()
             except PeerError as error:
-                if self._regroup(error).behind or not again:
+                standing = self._regroup(error)
+                if standing.behind or not again:
+                    self._feed.owes_step = standing.owes_step
                     return None
             else:
                 self._elastic.did()
@@ -861,7 +863,9 @@ class LocalSGD:
 
     def _mend_gradients(self, error: PeerError) -> None:
         """Gradients could not be averaged: do it again with those who are left."""
-        if self._regroup(error).behind:
+        standing = self._regroup(error)
+        if standing.behind:
+            self._feed.owes_step = standing.owes_step
             self._absorb_step()
         else:
             self._gradients.again()
