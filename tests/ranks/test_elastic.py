@@ -63,7 +63,7 @@ def test_a_killed_rank_costs_the_others_nothing(tmp_path: Path, name: str, at: i
     (change,) = first["heard"]
     assert change["ranks"] == 2
     assert list(change["left"].values()) == ["ended without a word"]
-    assert change["took_s"] < 5
+    assert change["took_s"] < 30
 
 
 def test_the_first_and_another_rank_go_and_a_newcomer_comes(tmp_path: Path) -> None:
