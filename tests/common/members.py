@@ -15,7 +15,7 @@ from typing import Any
 
 from ranks import context, free_port
 
-from trainer.distributed.members import _key
+from trainer.distributed.store_client import key
 
 SAMPLES = 4_000
 
@@ -100,7 +100,7 @@ def wait_until_begun(address: str) -> None:
 
     host, port = address.split(":")
     there = dist.TCPStore(host, int(port), is_master=False, wait_for_workers=False)  # type: ignore[attr-defined]
-    there.wait([_key("run-0", 0, "entered")])
+    there.wait([key("run-0", 0, "entered")])
 
 
 def _store(port: int) -> None:

@@ -17,7 +17,8 @@ from commands import Command
 from members import Loop, Member, store, wait_until_begun
 from small_run import records
 
-from trainer.distributed.members import HEART_S, SILENT_BEATS, Members
+from trainer.distributed.alive import HEART_S, SILENT_BEATS
+from trainer.distributed.members import Members
 from trainer.errors import ConfigError, MismatchError
 
 LOOPS = {

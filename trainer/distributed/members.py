@@ -6,39 +6,22 @@ opinion. A member that notices a failure asks for the next epoch; all that are a
 
 from __future__ import annotations
 
-import itertools
 import json
-import socket
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any
 
-import torch.distributed as dist
-from torch.distributed import distributed_c10d
-
+from trainer.distributed.alive import Alive
+from trainer.distributed.epoch_groups import LOOK_S, EpochGroups
+from trainer.distributed.store_client import StoreClient, key
 from trainer.errors import ConfigError, MismatchError, PeerError, TooFewError
 
-T = TypeVar("T")
-HEART_S = 1.0
-"""Seconds between two signs of life."""
-SILENT_BEATS = 3
-"""So many missing ones, and a member is taken to be frozen or cut off."""
-LOOK_S = 0.25
-"""Seconds between two looks at the store while a collective is waited for."""
 PAUSE_S = 0.01
-"""The same while an epoch is agreed on."""
-PROBE_S = 0.3
-"""Seconds that a living host may take to answer."""
-STORE_S = 10.0
-"""Seconds that the store may take to answer before the first member gives up."""
+"""Seconds between two looks at the store while an epoch is agreed on."""
 NOWHERE = [-1, -1]
 """The place of a member that is new."""
-_abandoned: list[Any] = []
-"""Groups whose collectives may hang for ever: ending them would wait for those."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +71,7 @@ class Members:
         if max_ranks is not None and max_ranks < ranks:
             raise ConfigError(f"max_ranks = {max_ranks}: must be at least {ranks}, the ranks that the run begins with")
         self.ranks, self.min_ranks, self.max_ranks, self.timeout_s = ranks, min_ranks, max_ranks, timeout_s
-        self._address, self._host, self._port = address, *_host_and_port(address)
-        self._store = _Store(self._connect())
+        self._address, self._store = address, StoreClient(address)
         self.epoch: Epoch | None = None
         """The present one; None before the first."""
         self.knocked = False
@@ -99,100 +81,31 @@ class Members:
         self._earlier: tuple[int, ...] = ()
         """Who ended the run before together: those of them that are alive begin the next."""
         self._closed = False
-        self._groups: Iterator[int] = itertools.count()
-        self._made: list[Any] = []
-        self._hearts: dict[int, tuple[bytes, float]] = {}
         self._check_job(job)
-        self.number = self._store.add(_key("count"), 1) - 1
+        self._groups = EpochGroups(address, timeout_s, self.broken)
+        self.number = self._store.add(key("count"), 1) - 1
         """This member's."""
-        self._listener = self._listen()
-        self._beat(self._store, 0)
-        self._ended = threading.Event()
-        self._beating = threading.Thread(target=self._keep_beating, name="heartbeat", daemon=True)
-        self._beating.start()
-
-    def _connect(self) -> Any:
-        try:
-            return dist.TCPStore(  # type: ignore[attr-defined]  # public, though its stub forgets it
-                self._host, self._port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=STORE_S)
-            )
-        except Exception as error:
-            raise ConfigError(
-                f"elastic = {self._address!r}: no store answers there; start one with "
-                f"python -m trainer.store --port {self._port}"
-            ) from error
+        self._alive = Alive(self.number, address, self._store, self._hear_knocks)
 
     def _check_job(self, job: str) -> None:
-        theirs = self._store.compare_set(_key("job"), "", job or "-").decode()
+        theirs = self._store.compare_set(key("job"), "", job or "-").decode()
         if theirs != (job or "-"):
             raise MismatchError(
                 f"the members at {self._address} run another job ({theirs}, this one is {job or '-'}): give all the "
                 "same configuration, or this run a store of its own"
             )
 
-    def _listen(self) -> socket.socket:
-        """A port that answers as long as this process lives."""
-        family = socket.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)[0][0]
-        with socket.socket(family, socket.SOCK_DGRAM) as way:
-            way.connect((self._host, self._port))
-            own = way.getsockname()[0]
-        listener = socket.socket(family, socket.SOCK_STREAM)
-        listener.bind((own, 0))
-        listener.listen(64)
-        self._store.set(_key("at", self.number), json.dumps([own, listener.getsockname()[1]]))
-        threading.Thread(target=_answer, args=(listener,), name="alive", daemon=True).start()
-        return listener
+    # ---- who is there
 
-    # ---- signs of life
-
-    def _beat(self, store: Any, beat: int) -> None:
-        store.set(_key("heart", self.number), str(beat))
-
-    def _keep_beating(self) -> None:
-        with suppress(Exception):  # a store that is gone is noticed by whoever needs it
-            store = _Store(self._connect())  # of its own, so that no other call holds it up
-            for beat in itertools.count(1):
-                if self._ended.wait(HEART_S):
-                    return
-                self._beat(store, beat)
-                epoch = self.epoch
-                self.knocked = epoch is not None and store.add(self._key("knocks"), 0) > epoch.heard
-
-    def _silent(self, numbers: Sequence[int]) -> set[int]:
-        """Those whose hearts have stood still as long as this process has looked, and long enough."""
-        now = time.monotonic()
-        silent: set[int] = set()
-        if not numbers:
-            return silent
-        for number, beat in zip(numbers, self._store.multi_get([_key("heart", n) for n in numbers]), strict=True):
-            before, since = self._hearts.get(number, (b"", now))
-            if beat != before or now - since > 10 * HEART_S * SILENT_BEATS:  # or this process has not looked
-                self._hearts[number] = beat, now
-            elif now - since > HEART_S * SILENT_BEATS:
-                silent.add(number)
-        return silent
-
-    def _refuses(self, number: int) -> bool:
-        """Whether the host answers that the process is not there."""
-        try:
-            host, port = json.loads(self._store.get(_key("at", number)))
-            socket.create_connection((host, port), PROBE_S).close()
-        except ConnectionRefusedError:
-            return True
-        except OSError:
-            return False
-        return False
+    def _hear_knocks(self, store: StoreClient) -> None:
+        epoch = self.epoch
+        self.knocked = epoch is not None and store.add(self._key("knocks"), 0) > epoch.heard
 
     def _gone(self, numbers: Sequence[int]) -> dict[int, str]:
         """Those that will not come, and why."""
-        found = {}
-        for number in numbers:
-            if self._store.check([self._key("left", number)]):
-                found[number] = self._store.get(self._key("left", number)).decode()
-            elif self._refuses(number):
-                found[number] = "ended without a word"
-        silent = self._silent([number for number in numbers if number not in found])
-        return found | dict.fromkeys(silent, f"gave no sign of life for {SILENT_BEATS * HEART_S:g} s")
+        told = [number for number in numbers if self._store.check([self._key("left", number)])]
+        reasons = {number: self._store.get(self._key("left", number)).decode() for number in told}
+        return reasons | self._alive.gone([number for number in numbers if number not in reasons])
 
     def broken(self) -> str | None:
         """Why the present epoch is over, where it is: some member asks for the next, or one is gone. None also where
@@ -206,7 +119,7 @@ class Members:
         asked = self._key(self.epoch.number + 1, "asked")
         if self._store.check([asked]):
             return str(self._store.get(asked).decode())
-        silent = self._silent([number for number in self.epoch.members if number != self.number])
+        silent = self._alive.silent([number for number in self.epoch.members if number != self.number])
         return self._named(dict.fromkeys(silent, "gives no sign of life")) if silent else None
 
     def ask(self, reason: str) -> None:
@@ -247,10 +160,7 @@ class Members:
         self._closed = True
         with suppress(Exception):
             self._store.compare_set(self._key("left", self.number), "", "ended")  # else it has said why
-        self._ended.set()
-        with suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
+        self._alive.close()
 
     # ---- epochs
 
@@ -330,7 +240,7 @@ class Members:
         """
         mine = json.loads(self._store.get(self._key("alike", self.number)))
         found: list[int] = []
-        for n in range(self._store.add(_key("count"), 0)):
+        for n in range(self._store.add(key("count"), 0)):
             if n in before.members or not self._is_here(number, n) or self._gone([n]):
                 continue
             theirs = json.loads(self._store.get(self._key("alike", n)))
@@ -386,7 +296,7 @@ class Members:
                     )
             if time.monotonic() > deadline:
                 waited = f"in {self.timeout_s:g} s"
-                here = sum(self._is_here(0, n) for n in range(self._store.add(_key("count"), 0)))
+                here = sum(self._is_here(0, n) for n in range(self._store.add(key("count"), 0)))
                 said = (
                     f"{here} of {len(self._earlier) or self.ranks} ranks came"
                     if now == 0
@@ -396,7 +306,7 @@ class Members:
             time.sleep(PAUSE_S)
 
     def _propose_first(self) -> None:
-        here = [n for n in range(self._store.add(_key("count"), 0)) if self._is_here(0, n)]
+        here = [n for n in range(self._store.add(key("count"), 0)) if self._is_here(0, n)]
         if len(here) < self.ranks or self._store.check([self._key(0)]):
             return
         here = [n for n in here if not self._gone([n])][: self.max_ranks]
@@ -441,8 +351,8 @@ class Members:
             == str(self.number).encode()
         ):
             self._store.add(self._key("now"), 1)
-        self._groups, self._made = itertools.count(), []
-        self._hearts.clear()
+        self._groups.begin_epoch()
+        self._alive.look_anew()
         self.knocked = False
 
     def _named(self, reasons: Mapping[int, str]) -> str:
@@ -452,7 +362,7 @@ class Members:
 
     def _key(self, *parts: Any) -> str:
         """Of what the present run keeps in the store."""
-        return _key(f"run-{self._run}", *parts)
+        return key(f"run-{self._run}", *parts)
 
     # ---- collectives of the epoch
 
@@ -475,80 +385,11 @@ class Members:
         """
         assert self.epoch is not None
         rank, size = self.epoch.members.index(self.number), len(self.epoch.members)
-        # a connection of its own, which may wait without holding up this process's other questions
-        try:
-            store = distributed_c10d.PrefixStore(f"{self.prefix}/group-{next(self._groups)}", self._connect())
-        except ConfigError as error:
-            raise TooFewError(f"the store at {self._address} is gone") from error
-        timeout = timedelta(seconds=self.timeout_s)
-        group = self._watched(
-            lambda: distributed_c10d.ProcessGroupGloo(store, rank, size, timeout), "joining the new group"
-        )
-        self._made.append(group)
-        return group
+        return self._groups.new(self.prefix, rank, size)
 
     def abandon(self) -> None:
         """Collectives of the present epoch have failed, or may hang: its groups are left as they are."""
-        _abandoned.extend(self._made)
-        self._made = []
-
-    def _watched(self, work: Callable[[], T], what: str) -> T:
-        """Do what may hang where a member has gone; it is then left to itself."""
-        found: list[T] = []
-        failed: list[BaseException] = []
-
-        def run() -> None:
-            try:
-                found.append(work())
-            except BaseException as error:
-                failed.append(error)
-
-        thread = threading.Thread(target=run, name=what, daemon=True)
-        thread.start()
-        while thread.is_alive():
-            thread.join(LOOK_S)
-            if thread.is_alive() and (why := self.broken()):
-                raise PeerError(f"{what} failed: {why}")
-        if failed:
-            raise PeerError(f"{what} failed: {str(failed[0]).splitlines()[0]}") from failed[0]
-        return found[0]
-
-
-class _Store:
-    """A store that is asked no more once its connection is lost: the backend says each failure in a page of its own."""
-
-    def __init__(self, store: Any) -> None:
-        self._store = store
-        self._lost: str | None = None
-
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        call = getattr(self._store, name)
-
-        def ask(*args: Any) -> Any:
-            if self._lost is not None:
-                raise RuntimeError(self._lost)
-            try:
-                return call(*args)
-            except dist.DistNetworkError as error:
-                self._lost = str(error)
-                raise
-
-        return ask
-
-
-def hangs() -> bool:
-    """Whether this process has had a group whose collectives may still hang; it must end without an orderly goodbye."""
-    return bool(_abandoned)
-
-
-def _answer(listener: socket.socket) -> None:
-    with suppress(OSError):
-        while True:
-            listener.accept()[0].close()
-
-
-def _key(*parts: Any) -> str:
-    return "/".join(("ebbtide-members", *map(str, parts)))
+        self._groups.abandon()
 
 
 def _difference(
@@ -558,10 +399,3 @@ def _difference(
     name = next(name for name in (*ours, *theirs) if theirs.get(name) != ours.get(name))
     first, second = (f"{of.get(name, 'missing')} {side}" for of, side in zip((theirs, ours), sides, strict=True))
     return f"the {name} is {first} but {second}; give all ranks the same"
-
-
-def _host_and_port(address: str) -> tuple[str, int]:
-    host, colon, port = address.rpartition(":")
-    if not colon or not host or not port.isdigit() or not 0 < int(port) < 2**16:
-        raise ConfigError(f"elastic = {address!r}: must be host:port of the store that members meet at")
-    return host.strip("[]"), int(port)

@@ -16,8 +16,8 @@ import torch.distributed as dist
 
 from trainer.config.config import WorldConfig
 from trainer.distributed.board import Board, told
+from trainer.distributed.epoch_groups import LOOK_S as LOOK_AT_MEMBERS_S
 from trainer.distributed.launcher import Launch, read_launch
-from trainer.distributed.members import LOOK_S as LOOK_AT_MEMBERS_S
 from trainer.distributed.members import Epoch, Members
 from trainer.errors import ConfigError, MismatchError, PeerError
 from trainer.memory import keep_freed_memory
