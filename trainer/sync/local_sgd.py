@@ -6,7 +6,7 @@ import math
 import re
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from types import TracebackType
@@ -37,12 +37,14 @@ from trainer.policies.base import policy_of
 from trainer.sync.averager import Averager, share
 from trainer.sync.consensus import consensus_model, evaluating
 from trainer.sync.early_end import EarlyEnd
-from trainer.sync.elastic import Elastic, Regrouped, Standing, Stateful
-from trainer.sync.feed import Batches, Feed, Options
+from trainer.sync.elastic import Elastic, Parts, Regrouped, Stateful
+from trainer.sync.feed import Batches, Feed
+from trainer.sync.given import check_elastic, check_kinds, check_optimizer, differing_settings, one_number
 from trainer.sync.given_noise import GivenNoise, directions, excess
 from trainer.sync.gradient_average import GradientAverage
 from trainer.sync.host import Host, check_devices
 from trainer.sync.layout import refuse_model, refuse_optimizer
+from trainer.sync.passes import Options
 from trainer.sync.progress import Progress, optimizer_settings
 from trainer.sync.regroup import regrouped
 from trainer.sync.replica import Replica
@@ -103,7 +105,7 @@ class LocalSGD:
         scaler: torch.amp.GradScaler | None = None,
         devices: Devices | None = None,
     ) -> None:
-        _check_kinds(model, optimizer, world, scaler, devices)
+        check_kinds(model, optimizer, world, scaler, devices)
         policy, settings = policy_of(policy), sync_config_of(settings)
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self.devices, self.optimizer = devices, optimizer
@@ -114,28 +116,25 @@ class LocalSGD:
         refuse_model(model)
         refuse_optimizer(model, optimizer)
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-        self.world = world or World.current(device, group)
+        world = world or World.current(device, group)
         self.clock = clock or Clock(device)
         self.settings = settings
         self._response = 1.0 if devices else step_response(optimizer)  # devices average parameters at any period
         self.controller = Controller(policy, self._response)
-        self.collectives = Collectives(self._levelled(self.world), self.clock, settings.bucket_bytes)
-        self.world = self.collectives.world
+        self.collectives = Collectives(self._levelled(world), self.clock, settings.bucket_bytes)
         self._inside = False
         self.replica = Replica(model, optimizer, self.collectives, keeps_state=settings.state != "average")
         averages_gradients = [] if devices else [plan for plan in policy.plans() if plan.averages == "gradients"]
         many = self.world.size > 1 or self.world.members is not None
-        _check_optimizer(optimizer, averages_gradients=bool(averages_gradients) and many)
+        check_optimizer(optimizer, averages_gradients=bool(averages_gradients) and many)
         if self.world.members is not None:
-            _check_elastic(settings, devices)
+            check_elastic(settings, devices)
         self._gradients, self._noise = GradientAverage(settings.gradient_format, self.replica), GivenNoise()
         self._gradients.more = self._noise_weight
         splits = bool(averages_gradients or settings.node_period_steps == 1) and many
         self.model: nn.Module = SyncedModel(model, self._gradients, splits_graphs=splits)
         """The model to call: one object for the whole run, in all phases."""
         self._elastic: Elastic | None = None
-        self._is_lasting = self._absorbs = False
-        """The others have counted this rank's present step already."""
         self._wire_up()
 
     def _wire_up(self) -> None:
@@ -156,10 +155,20 @@ class LocalSGD:
         gathered = self._told, self._progress, self.collectives, self.clock
         self._feed = Feed(*gathered, self._gradients, self.settings.observe_steps, self._host)
         if self.world.members is not None:
-            parts = self.replica, self._averager, self._timetable, self._gradients
-            self._elastic = Elastic(self.world.members, *parts, self._told, self._progress, self._feed, self._facts())
-            self._gradients.on_failure, self._feed.on_failure = self._mend_gradients, self._mend_feed
-            self._feed.between_steps = self._let_in
+            parts = Parts(
+                self.replica,
+                self._averager,
+                self._timetable,
+                self._gradients,
+                self._transition,
+                self._early,
+                self._told,
+                self._progress,
+                self._feed,
+                self.clock,
+                self.settings,
+            )
+            self._elastic = Elastic(self.world.members, parts, self._facts())
         # a local step without data of its own changes nothing
         self._rate = ScaledRate(
             self.optimizer, self._before_update, lambda: self._inside and self._feed.idle and not self._gradients.on
@@ -198,7 +207,7 @@ class LocalSGD:
                 self._elastic.begin()
                 self._told.step_response = self._response
                 self._averager.open()
-                self._regroup(None)
+                self._elastic.regroup(None)
                 self.clock.start()
                 return self
             self._compare_settings()
@@ -292,6 +301,11 @@ class LocalSGD:
     # ---- what the loop reads
 
     @property
+    def world(self) -> World:
+        """The ranks that take part, and this one among them."""
+        return self.collectives.world
+
+    @property
     def plan(self) -> Plan:
         """What the current round does."""
         return self._told.plan
@@ -332,6 +346,11 @@ class LocalSGD:
         """The factor that the next `optimizer.step()` puts on the learning rate."""
         batch = self._feed.own_batch
         return self._progress.lr_scale * (1.0 if batch is None else self.controller.batch_factor(batch))
+
+    @property
+    def _absorbs(self) -> bool:
+        """The others have counted this rank's present step already."""
+        return self._elastic is not None and self._elastic.absorbs
 
     def _noise_weight(self, via: Collectives) -> float:
         """What this rank's gradient counts more or less in the next mean, for the noise that the Plan asks for."""
@@ -485,23 +504,23 @@ class LocalSGD:
             PeerError: a peer left.
         """
         self._require_inside("step")
-        if self._absorbs:
-            self._absorbs = False
+        if self._elastic is not None and self._elastic.absorbs:
+            self._elastic.absorbs = False
             self._feed.end_step()
             return []
-        if self._host is not None and not self._feed.handed_out:
+        if self._host is not None and not self._feed.in_hand:
             raise ConfigError(
                 "sync.step: with devices each call is for one batch of sync.batches(dataset), which goes through this "
                 "rank's devices in turn; take batches from there, and call sync.step once for each"
             )
-        count, mean, of_feed = self._counted(samples), _one_number(loss), self._feed.handed_out
+        count, mean, of_feed = self._counted(samples), one_number(loss), self._feed.in_hand
         if self._feed.idle:
             mean, count, correct, right = torch.zeros_like(mean), 0, None, None
         correct = correct if correct is not None else right
         with torch.inference_mode(mode=False):
             heard = self._lasting(lambda: self._step(mean, count, skipped=skipped, correct=correct)) or []
-            if not of_feed:
-                self._let_in()
+            if self._elastic is not None and not of_feed:
+                self._elastic.let_in()
         self.world.board.step = self.local_step + 1
         for each in heard:
             if each.left_out:
@@ -708,9 +727,7 @@ class LocalSGD:
             MismatchError: learning rates differ.
         """
         if "rates" in total.differing:
-            raise MismatchError(
-                _differing_settings(self.collectives.gather_objects(optimizer_settings(self.optimizer)))
-            )
+            raise MismatchError(differing_settings(self.collectives.gather_objects(optimizer_settings(self.optimizer))))
         if "updates" in total.differing or total.are_apart:
             self._mend()
         if np.ptp(total.weight_by_rank) > 0 and not self._feed.take_weighed():
@@ -783,10 +800,7 @@ class LocalSGD:
 
     def regroupings(self) -> list[Regrouped]:
         """How the ranks have changed since this was last asked; `world` is what they are now."""
-        if self._elastic is None:
-            return []
-        heard, self._elastic.heard = self._elastic.heard, []
-        return heard
+        return [] if self._elastic is None else self._elastic.heard()
 
     @property
     def is_newcomer(self) -> bool:
@@ -795,89 +809,8 @@ class LocalSGD:
         return self._elastic is not None and self._elastic.is_new
 
     def _lasting(self, work: Callable[[], T], *, again: bool = False) -> T | None:
-        """Do what needs the other ranks. Where some have gone and may, those who are left become one, and the work is
-        done again or not."""
-        if self._elastic is None or self._is_lasting:  # what is done within it is done again with it
-            return work()
-        while True:
-            self._is_lasting = True
-            try:
-                result = work()
-            except PeerError as error:
-                standing = self._regroup(error)
-                if standing.behind or not again:
-                    self._feed.owes_step = standing.owes_step
-                    return None
-            else:
-                self._elastic.did()
-                return result
-            finally:
-                self._is_lasting = False
-
-    def _regroup(self, cause: PeerError | None) -> Standing:
-        """Go on with those who are there.
-
-        Raises:
-            PeerError: nobody may go, or too few are left.
-        """
-        if self._elastic is None:
-            assert cause is not None
-            raise cause
-        with self.clock.off("other"), torch.inference_mode(mode=False):
-            return self._elastic.regroup(cause, self._place_in_run, self._go_on_from, admit=cause is None)
-
-    def _let_in(self) -> bool:
-        """Between two rounds let in who waits; whether this rank owes the others a step then."""
-        waits = self._told.admitting and self._progress.round_steps == 0
-        return waits and self._regroup(None).owes_step
-
-    def _place_in_run(self) -> dict[str, Any]:
-        """What a rank that goes on from here must know, besides the model, the optimizer and the data."""
-        counts = {name: getattr(self._progress, name) for name in ("local_step", "rounds")}
-        about = {"clock": self.clock.state_dict(), "outers": self._averager.outers(), "saving": self._told.saving}
-        return {**about, **counts, "told": self._told.state_dict()}
-
-    def _go_on_from(self, state: Mapping[str, Any] | None, unheard: int) -> None:
-        """Be at this place, in the world that the collectives have now; None: at the beginning."""
-        self.world = self.collectives.world
-        if state is not None:
-            if self.local_step == 0 and state["local_step"]:
-                self.clock.load_state_dict(state["clock"])
-            self._told.go_on(state["told"], unheard)
-            self._told.saving = state["saving"]
-            self._progress.go_on(state["local_step"], state["rounds"])
-        else:
-            self._progress.go_on(0, 0)
-        self._averager.reopen(self.settings.under(self.plan))
-        if any(plan.averages == "gradients" for plan in self.controller.policy.plans()):
-            self.collectives.for_gradients()  # now, while the store is there: it may be gone when it is first used
-        if state is not None:
-            self._averager.load_outers(state["outers"])
-        self._timetable.begin_anew()
-        self._early.forget()
-        if state is not None and self.plan.averages == "gradients":
-            self._transition.unite()
-        self.rewrap()
-        self._early.begin_round(self.plan)
-        self.world.board.step = self.local_step
-
-    def _mend_gradients(self, error: PeerError) -> None:
-        """Gradients could not be averaged: do it again with those who are left."""
-        standing = self._regroup(error)
-        if standing.behind:
-            self._feed.owes_step = standing.owes_step
-            self._absorb_step()
-        else:
-            self._gradients.again()
-
-    def _absorb_step(self) -> None:
-        """The others have made this update already, and this rank has taken what came of it."""
-        self._absorbs = True
-        for parameter in self.replica.parameters:
-            parameter.grad = None
-
-    def _mend_feed(self, error: PeerError) -> bool:
-        return self._regroup(error).owes_step
+        """Do what needs the other ranks, also where some go."""
+        return work() if self._elastic is None else self._elastic.lasting(work, again=again)
 
     # ---- checkpoints
 
@@ -952,75 +885,3 @@ class LocalSGD:
         self.replica.remember_rests()
         self._early.begin_round(self.plan)
         self._progress.ledger.begin(self.clock.read(), self.collectives.sent_bytes)
-
-
-def _check_kinds(model: Any, optimizer: Any, world: Any, scaler: Any, devices: Any) -> None:
-    """Refuse arguments of another kind, in one line.
-
-    Raises:
-        ConfigError: names the argument, its kind and what is meant.
-    """
-    wanted: tuple[tuple[str, Any, Any, str], ...] = (
-        ("model", model, nn.Module, "a torch.nn.Module"),
-        ("optimizer", optimizer, Optimizer, "a torch.optim.Optimizer over the model's parameters"),
-        ("world", world, World | None, "a World, or left out"),
-        ("scaler", scaler, torch.amp.GradScaler | None, "a torch.amp.GradScaler, or left out"),
-        ("devices", devices, Devices | None, "Devices(shards, ...), or left out"),
-    )
-    for name, given, kind, mend in wanted:
-        if not isinstance(given, kind):
-            raise ConfigError(f"{name} is a {type(given).__name__}: must be {mend}")
-
-
-def _check_elastic(settings: SyncConfig, devices: Devices | None) -> None:
-    """Refuse what a world whose ranks come and go cannot have.
-
-    Raises:
-        ConfigError: names the setting.
-    """
-    for name, given, least in (
-        ("node_period_steps", settings.node_period_steps, None),
-        ("ranks_per_node", settings.ranks_per_node, None),
-        ("devices", devices and f"{devices.config.devices} devices", None),
-        ("gradient_format", settings.gradient_format if settings.gradient_format == "powersgd" else None, None),
-    ):
-        if given is not least:
-            raise ConfigError(f"{name} = {given}: not where ranks come and go; leave it out, or use a fixed world")
-
-
-def _check_optimizer(optimizer: Optimizer, *, averages_gradients: bool) -> None:
-    """Refuse what replicas cannot stay one with.
-
-    Raises:
-        ConfigError: a line search, which compares losses that are each rank's own.
-    """
-    searches = [group for group in optimizer.param_groups if group.get("line_search_fn") is not None]
-    if averages_gradients and searches:
-        raise ConfigError(
-            f"optimizer has line_search_fn = {searches[0]['line_search_fn']!r}: ranks would search differently at "
-            "period 1; set it to None, or choose a policy without period 1"
-        )
-
-
-def _differing_settings(everyone: Sequence[Sequence[Mapping[str, Any]]]) -> str:
-    """The first setting in which ranks' optimizers differ, in one line."""
-    for number, group in enumerate(everyone[0]):
-        for name in group:
-            values = [groups[number].get(name) if number < len(groups) else "no such group" for groups in everyone]
-            if len({repr(value) for value in values}) > 1:
-                sides = ", ".join(f"{value} on rank {rank}" for rank, value in enumerate(values))
-                what = "learning rate" if name == "lr" else f"optimizer setting {name!r}"
-                return f"the {what} of group {number} is {sides}: at period 1 replicas must stay one; set one value"
-    return "optimizer settings differ between ranks: at period 1 replicas must stay one; set the same on all"
-
-
-def _one_number(loss: Any) -> torch.Tensor:
-    """The mean loss as a 0-dim tensor."""
-    if not torch.is_tensor(loss):
-        try:
-            return torch.tensor(float(loss), dtype=torch.float32)
-        except (TypeError, ValueError):
-            raise ConfigError(f"loss = {loss!r}: must be the batch's mean loss, one number or a 0-dim tensor") from None
-    if loss.numel() != 1 or loss.is_complex():
-        raise ConfigError(f"loss is a tensor of shape {tuple(loss.shape)}: must be the batch's mean loss, one number")
-    return loss.detach().reshape(())
